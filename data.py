@@ -1,0 +1,623 @@
+"""Images in, pictures out.
+
+Image convention of the whole project: float (B, 3, H, W) in [0, 1], RGB. Loaders deliver uint8
+(a quarter of the traffic); `to_float` is the one place where that becomes [0, 1].
+
+Images come from `open_source`: a folder, `shapes` (drawn here, nothing to download), or `cifar10`.
+Each source is a torch Dataset in torchvision's manner: `source[i]` is (PIL image, label).
+`PretrainSet` turns one into training samples (paper, sec. 4 and supplement, Table 1).
+
+All randomness of a sample is a function of (seed, epoch, index): not of workers, of processes, or
+of what was read before. That is what makes runs repeatable, and resumable in mid-epoch.
+
+To copy: needs torch, torchvision, numpy and pillow, and no other file of the project.
+"""
+
+import functools
+import math
+import os
+import signal
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets import CIFAR10
+from torchvision.transforms import v2
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
+EXIF_ORIENTATION = 0x0112  # tag: 1 = upright, 5 to 8 = lying on its side
+
+
+# ---- Randomness ----------------------------------------------------------------------------------
+
+
+def sample_seed(*numbers):
+    """One well-mixed 63-bit seed from any non-negative integers, e.g. (seed, epoch, index)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def sample_generator(*numbers):
+    """A torch.Generator (CPU) that depends on these integers alone."""
+    return torch.Generator().manual_seed(sample_seed(*numbers))
+
+
+# ---- Reading image files -------------------------------------------------------------------------
+
+
+def to_rgb(image):
+    """Any PIL image -> upright RGB.
+
+    Turns by the EXIF orientation; scales 16-bit grey to 8 bits (PIL's own conversion clips it);
+    puts transparent images on white, as a viewer shows them (dropping alpha alone would uncover
+    whatever colours lie beneath). Palette, greyscale and CMYK are PIL's conversions.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image).astype(np.float32)
+        top = 65535 if values.max() > 255 else 255
+        image = Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def upright_size(image):
+    """(width, height) that a PIL image has once turned by its EXIF orientation; decodes nothing."""
+    turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    return image.size[::-1] if turned else image.size
+
+
+def resized_crop(image, box, size):
+    """Crop `box` (left, top, right, bottom; upright pixels) of a PIL image, as (size, size) RGB.
+
+    A JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 scale where the crop leaves that
+    much: a large photograph would otherwise cost its full decoding for a 224 px crop.
+    """
+    width, height = upright_size(image)
+    shrink = min(box[2] - box[0], box[3] - box[1]) / size
+    if shrink >= 2:
+        image.draft(None, (int(image.width / shrink), int(image.height / shrink)))
+    image = to_rgb(image)
+    fx, fy = image.width / width, image.height / height  # what draft has taken off
+    box = (box[0] * fx, box[1] * fy, box[2] * fx, box[3] * fy)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def to_float(images):
+    """uint8 (B, 3, H, W) -> float32 in [0, 1]."""
+    return images.float() / 255
+
+
+# ---- Shapes: the ten classes ---------------------------------------------------------------------
+
+# `shapes` is drawn, so that everything runs with no download: a textured background carries one to
+# four textured, rotated, shaded objects of ten classes; the label is the class of the largest. A
+# picture is a function of (seed, split, index) alone. Lengths are fractions of the image side, so
+# a scene is the same at every size.
+#
+# A class is a signed distance (negative inside) in the object's frame, where it just fits the unit
+# circle. From a distance, an antialiased edge and a soft shadow are each one clipped ramp.
+
+
+def _norm(x, y):
+    return np.sqrt(x * x + y * y)  # np.hypot guards against overflow, at five times the time
+
+
+def _fold_five(x, y):
+    """Fold the plane's five equal sectors onto one around the x axis, mirrored to y >= 0."""
+    y = np.abs(y)
+    for angle in (0.6 * math.pi, 0.2 * math.pi):  # mirrors: what lies beyond each is reflected
+        nx, ny = -math.sin(angle), math.cos(angle)
+        beyond = 2 * np.maximum(nx * x + ny * y, 0)
+        x, y = x - beyond * nx, y - beyond * ny
+    return x, np.abs(y)
+
+
+def _star(x, y):
+    x, y = _fold_five(x, y)  # one straight edge is left, from the tip (1, 0) to a notch
+    return 0.3838 * (x - 1) + 0.9234 * y
+
+
+def _flower(x, y):
+    px, py = _fold_five(x, y)  # one petal is left
+    return np.minimum(_norm(px - 0.66, py) - 0.34, _norm(x, y) - 0.52)
+
+
+def _cross(x, y):
+    x, y = np.abs(x), np.abs(y)
+    return np.maximum(np.maximum(x, y) - 0.95, np.minimum(x, y) - 0.31)
+
+
+def _heart(x, y):  # a square on its corner, and a disc on each of its two upper sides
+    x = np.abs(x)
+    square = 0.7071 * (x + np.abs(y + 0.207))
+    return np.minimum(square, _norm(x - 0.3964, y - 0.1893)) - 0.5607
+
+
+SHAPES = {  # name: (signed distance, share of the unit disc's area that the shape covers)
+    "disc": (lambda x, y: _norm(x, y) - 1, 1.0),
+    "ring": (lambda x, y: np.abs(_norm(x, y) - 0.77) - 0.23, 0.708),
+    "square": (lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.7071, 0.637),
+    "triangle": (lambda x, y: np.maximum(0.866 * np.abs(x) + 0.5 * y, -y) - 0.5, 0.413),
+    "star": (_star, 0.421),
+    "cross": (_cross, 0.628),
+    "heart": (_heart, 0.715),
+    "moon": (lambda x, y: np.maximum(_norm(x, y) - 1, 0.8 - _norm(x - 0.5, y)), 0.487),
+    "pill": (lambda x, y: _norm(np.maximum(np.abs(x) - 0.64, 0), y) - 0.36, 0.423),
+    "flower": (_flower, 0.732),
+}
+SHAPE_CLASSES = tuple(SHAPES)
+
+TEXTURES = {  # name: function of two phases in radians; its sign chooses between two colours
+    "plain": lambda p, q: np.ones_like(p),
+    "stripes": lambda p, q: np.sin(p),
+    "checks": lambda p, q: np.sin(p) * np.sin(q),
+    "dots": lambda p, q: np.sin(p) + np.sin(q) - 0.6,
+    "waves": lambda p, q: np.sin(p + 1.3 * np.sin(0.7 * q)),
+}
+
+
+# ---- Shapes: objects -----------------------------------------------------------------------------
+
+
+class DrawnObject(NamedTuple):
+    """All that is needed to redraw an object. Lengths are image sides, angles are radians."""
+
+    kind: int  # index into SHAPE_CLASSES
+    x: float  # centre, from the left edge
+    y: float  # centre, from the top edge
+    radius: float  # of the circumscribed circle
+    angle: float
+    texture: str  # key of TEXTURES
+    texture_angle: float
+    period: float  # of the texture
+    light: float  # direction of the light, one per scene
+    colours: tuple  # two sRGB colours in [0, 1]
+
+    @property
+    def area(self):
+        """Share of the image, as if nothing hid the object."""
+        return math.pi * self.radius**2 * SHAPES[SHAPE_CLASSES[self.kind]][1]
+
+
+def _turn(x, y, angle):
+    c, s = math.cos(angle), math.sin(angle)
+    return c * x + s * y, c * y - s * x
+
+
+def _frame(obj, size):
+    """Rows and columns around an object and its shadow, and their x (1, w), y (h, 1) in radii."""
+    spans, offsets = [], []
+    for centre in (obj.y, obj.x):
+        reach = obj.radius + 0.05  # 0.05: the shadow
+        low = max(0, int((centre - reach) * size) - 1)
+        high = min(size, int((centre + reach) * size) + 2)
+        pixels = np.arange(low, high, dtype=np.float32)
+        spans.append(slice(low, high))
+        offsets.append((pixels + (0.5 - centre * size)) / (obj.radius * size))
+    return tuple(spans), offsets[1][None, :], offsets[0][:, None]
+
+
+def _cover(obj, x, y, width):
+    """1 inside the object, 0 outside, with a ramp `width` image sides wide along its outline."""
+    distance, _ = SHAPES[SHAPE_CLASSES[obj.kind]]
+    return (0.5 - obj.radius / width * distance(*_turn(x, y, obj.angle))).clip(0, 1)
+
+
+def coverage(obj, size):
+    """Share of each pixel that the object covers, other objects ignored: (size, size), [0, 1]."""
+    box, x, y = _frame(obj, size)
+    mask = np.zeros((size, size), np.float32)
+    mask[box] = _cover(obj, x, y, 1 / size)  # a ramp of one pixel antialiases the edge
+    return mask
+
+
+def _paint(image, obj):
+    """Draw one object and its shadow over image, (3, size, size) in [0, 1], in place."""
+    size = image.shape[-1]
+    (rows, columns), x, y = _frame(obj, size)
+    lx, ly = math.cos(obj.light), math.sin(obj.light)
+
+    # The outline, a soft copy nearer the light, and one further from it: the shadow.
+    steps = np.array([0, 0.014, -0.022], np.float32)[:, None, None] / obj.radius
+    widths = np.array([0, 0.04, 0.05], np.float32)[:, None, None].clip(1 / size)
+    mask, lit, shadow = _cover(obj, x - steps * lx, y - steps * ly, widths)  # each (h, w)
+
+    turns = 2 * math.pi * obj.radius / obj.period
+    wave = TEXTURES[obj.texture](*_turn(turns * x, turns * y, obj.texture_angle))
+    mix = (0.5 + obj.period * size / (2 * math.pi) * wave).clip(0, 1)
+    first, second = np.array(obj.colours, np.float32)[..., None, None]
+    # Brighter towards the light, and a dark rim where the lit copy leaves the outline bare.
+    colour = (second + mix * (first - second)) * (0.8 + 0.14 * (lx * x + ly * y) + 0.24 * lit)
+
+    part = image[:, rows, columns]  # a view: writing to it draws
+    part *= 1 - 0.38 * shadow
+    part += mask * (colour - part)
+
+
+# ---- Shapes: colours and backgrounds -------------------------------------------------------------
+
+
+def oklch(lightness, chroma, hue):
+    """Colour of a perceived lightness [0, 1], chroma (0 grey, 0.15 vivid) and hue (radians).
+
+    Equal lightness looks equally light in every hue, unlike in HSV, so contrast can be promised.
+    Returns: three sRGB floats, clipped to [0, 1]. Ottosson 2020, "Oklab".
+    """
+    a, b = chroma * math.cos(hue), chroma * math.sin(hue)
+    long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3  # the eye's three cones
+    medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
+    short = (lightness - 0.0894841775 * a - 1.2914855480 * b) ** 3
+    linear = (
+        4.0767416621 * long - 3.3077115913 * medium + 0.2309699292 * short,
+        -1.2684380046 * long + 2.6097574011 * medium - 0.3413193965 * short,
+        -0.0041960863 * long - 0.7034186147 * medium + 1.7076147010 * short,
+    )
+    return tuple(min(max(v, 0), 1) ** (1 / 2.2) for v in linear)
+
+
+@functools.lru_cache(maxsize=4)
+def _cloud_basis(size, n=9):
+    """n cosines along an image side, (size, n) float32; the slow ones are the strong ones.
+
+    basis @ noise @ basis.T turns (n, n) white noise into the same soft clouds at every size.
+    """
+    order = np.arange(n, dtype=np.float32)
+    x = (np.arange(size, dtype=np.float32)[:, None] + 0.5) / size
+    return 0.9 * np.cos(np.pi * x * order) / (1 + order) ** 0.8
+
+
+def _background(rng, lightness, hue, size):
+    """Gradient, clouds, and ripples bent by the clouds: (3, size, size) float32, about [0, 1]."""
+    basis = _cloud_basis(size)
+    clouds = basis @ rng.standard_normal((basis.shape[1],) * 2, np.float32) @ basis.T
+
+    x = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
+    gradient, _ = _turn(x[None, :], x[:, None], rng.uniform(0, 2 * math.pi))
+    texture = 0.35 * clouds
+    for _ in range(2):
+        across, _ = _turn(x[None, :], x[:, None], rng.uniform(0, 2 * math.pi))
+        phase = 2 * math.pi * (rng.uniform(2, 8) * across + rng.uniform())
+        texture += rng.uniform(0, 0.5) * np.sin(phase + rng.uniform(0, 1.5) * clouds)
+
+    chroma = rng.uniform(0.03, 0.09)
+    base, far, crest = np.array(
+        [
+            oklch(lightness, chroma, hue),
+            oklch(lightness + rng.uniform(-0.14, 0.14), chroma, hue + rng.uniform(-1.5, 1.5)),
+            oklch(lightness + 0.07, chroma, hue + rng.uniform(-0.8, 0.8)),
+        ],
+        np.float32,
+    )[..., None, None]  # each (3, 1, 1)
+    return base + gradient * (far - base) + texture * (crest - base)
+
+
+# ---- Shapes: the data set ------------------------------------------------------------------------
+
+
+def _dress(rng, x, y, r, kind, lightness, light):
+    """Give an object angle, texture, and colours that stand out from a background's lightness."""
+    angle, texture_angle, hue = rng.uniform(0, 2 * math.pi, 3).tolist()
+    away = 1 if lightness < 0.62 else -1
+    first = lightness + away * rng.uniform(0.24, 0.36)
+    second = min(max(first + away * rng.uniform(-0.05, 0.2), 0.15), 0.97)
+    colours = (
+        oklch(first, rng.uniform(0.07, 0.17), hue),
+        oklch(second, rng.uniform(0.05, 0.15), hue + rng.normal()),
+    )
+    radius = r / math.sqrt(SHAPES[SHAPE_CLASSES[kind]][1])  # equal areas in all classes
+    texture = tuple(TEXTURES)[rng.integers(len(TEXTURES))]
+    period = rng.uniform(0.07, 0.13)
+    return DrawnObject(kind, x, y, radius, angle, texture, texture_angle, period, light, colours)
+
+
+class Shapes(Dataset):
+    """Scenes of textured objects; the label is the class of the clearly largest one.
+
+    Items are (PIL RGB image size x size, label in 0..9), as in torchvision. The largest object has
+    at least 2.7 times the area of any other and is never hidden for the most part. Size, place,
+    colours and texture are drawn without a look at the class, and areas do not depend on it, so
+    that only the outline tells it. Errors: ValueError for an unknown split.
+    """
+
+    classes = SHAPE_CLASSES
+    lengths = {"train": 50_000, "val": 5_000}
+
+    def __init__(self, split="train", size=64, length=None, seed=0):
+        if split not in self.lengths:
+            raise ValueError(f"split must be one of {list(self.lengths)}, not {split!r}")
+        self.split, self.size, self.seed = split, size, seed
+        length = self.lengths[split] if length is None else length
+        self.targets = [i % len(SHAPE_CLASSES) for i in range(length)]  # exactly balanced
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        rng, lightness, hue, objects = self._compose(index)
+        image = _background(rng, lightness, hue, self.size)
+        for obj in objects:
+            _paint(image, obj)
+        pixels = (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+        return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))), self.targets[index]
+
+    def scene(self, index):
+        """The picture's list of DrawnObject, back to front."""
+        return self._compose(index)[-1]
+
+    def _compose(self, index):
+        label = self.targets[index]  # raises IndexError past the end, which ends a for loop
+        rng = np.random.default_rng([self.seed, list(self.lengths).index(self.split), index])
+        lightness, hue, light = rng.uniform(0.38, 0.9), *rng.uniform(0, 2 * math.pi, 2).tolist()
+
+        main = rng.uniform(0.15, 0.24)  # radius of the disc that has the largest object's area
+        placed = [(*rng.uniform(1.2 * main, 1 - 1.2 * main, 2).tolist(), main, label)]
+        others = rng.integers(4)
+        for x, y, r in rng.uniform(size=(8 * others, 3)).tolist():
+            x, y, r = 0.05 + 0.9 * x, 0.05 + 0.9 * y, main * (0.3 + 0.3 * r)
+            # A place is refused where it would hide another object.
+            free = all(math.hypot(x - a, y - b) > r + other for a, b, other, _ in placed)
+            if free and len(placed) <= others:
+                placed.append((x, y, r, int(rng.integers(len(SHAPE_CLASSES)))))
+        objects = [_dress(rng, *placed[i], lightness, light) for i in rng.permutation(len(placed))]
+        return rng, lightness, hue, objects
+
+
+# ---- Sources: where images come from -------------------------------------------------------------
+
+
+class Folder(Dataset):
+    """Image files on disk. `folder[i]` is (PIL image, label); the image is opened, not decoded."""
+
+    def __init__(self, files, targets, classes):
+        self.files, self.targets, self.classes = files, targets, classes
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        return Image.open(self.files[i]), self.targets[i]
+
+
+def list_images(folder):
+    """Sorted paths of the image files directly in a folder, and its sorted subfolders."""
+    entries = sorted((e for e in os.scandir(folder) if e.name[0] != "."), key=lambda e: e.name)
+    images = [e.path for e in entries if e.name.lower().endswith(IMAGE_SUFFIXES)]
+    return images, [e.path for e in entries if e.is_dir()]
+
+
+def scan_folder(folder):
+    """A folder of class folders, or of unlabelled images -> `Folder` (label 0 where unlabelled)."""
+    images, subfolders = list_images(folder)
+    if images and subfolders:
+        raise ValueError(
+            f"{folder} holds both images and folders ({os.path.basename(images[0])}, "
+            f"{os.path.basename(subfolders[0])}/); keep images in class folders, or in one folder"
+        )
+    if images:
+        return Folder(images, [0] * len(images), [os.path.basename(folder)])
+    files, targets = [], []
+    for label, subfolder in enumerate(subfolders):
+        found = list_images(subfolder)[0]
+        if not found:
+            raise ValueError(f"class folder {subfolder} holds no images; fill it or remove it")
+        files += found
+        targets += [label] * len(found)
+    if not files:
+        raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}) and no folders")
+    return Folder(files, targets, [os.path.basename(f) for f in subfolders])
+
+
+def hold_out(source, seed):
+    """Split a `Folder` without `val`: a seeded 1 %, at least 8 images, is kept for validation."""
+    count = max(8, len(source) // 100)
+    if len(source) < 2 * count:
+        raise ValueError(f"{len(source)} images are too few to hold out {count}; add some")
+    order = torch.randperm(len(source), generator=sample_generator(seed)).tolist()
+
+    def part(indices):
+        indices = sorted(indices)
+        files, targets = [source.files[i] for i in indices], [source.targets[i] for i in indices]
+        return Folder(files, targets, source.classes)
+
+    return part(order[count:]), part(order[:count])
+
+
+def open_sources(data, *, image_size, seed):
+    """(training source, validation source) for `--data`.
+
+    data: "shapes", "cifar10" (downloaded to data/ once), or a folder: `train/` and `val/` with
+    class folders as ImageNet has them, class folders alone, or images alone; without `val`, see
+    `hold_out`. ValueError or OSError says what is wrong with it and what to do.
+    """
+    if data == "shapes":
+        return Shapes("train", image_size), Shapes("val", image_size)
+    if data == "cifar10":
+        return tuple(CIFAR10("data", train=train, download=True) for train in (True, False))
+    root = Path(data)
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise ValueError(f"--data {data} {what}; give a folder of images, or try --data shapes")
+    if (root / "train").is_dir():
+        train = scan_folder(root / "train")
+        if (root / "val").is_dir():
+            return train, scan_folder(root / "val")
+        return hold_out(train, seed)
+    return hold_out(scan_folder(root), seed)
+
+
+# ---- Samples and batches -------------------------------------------------------------------------
+
+
+class PretrainSet(Dataset):
+    """Samples for pre-training: `set[(epoch, index)]` is (image, noise, seed, bad).
+
+    image: uint8 (3, S, S). noise: (N,), which fixes the mask. seed: int, for whatever else this
+    sample draws. bad: [(index, reason)] of files that could not be read on the way to a readable
+    one; the next image stands in for them.
+
+    PAPER: supplement, Table 1: RandomResizedCrop and colour jitter 0.4. PAPER SILENT: crop scale
+    (.2, 1) and flips are MAE's; jitter is of brightness, contrast and saturation, not of hue (the
+    authors' code varies gamma under the name of brightness).
+    """
+
+    def __init__(
+        self,
+        source,  # dataset of (PIL image, label)
+        *,
+        image_size,  # S, pixels
+        num_patches,  # N
+        seed,  # run's seed
+        augment=True,  # False: centre crop, and no randomness but the mask's
+        crop_min=0.2,  # smallest random crop, as a fraction of the area
+        flip=True,  # mirror half of the images
+        jitter=0.4,  # strength of colour jitter; 0 = none
+        limit=None,  # use only so many images, a seeded choice
+    ):
+        self.source, self.image_size, self.num_patches = source, image_size, num_patches
+        self.seed, self.augment, self.crop_min = seed, augment, crop_min
+        self.flip = v2.RandomHorizontalFlip(0.5 if flip else 0.0)
+        self.jitter = v2.ColorJitter(jitter, jitter, jitter)
+        count = min(limit or len(source), len(source))
+        chosen = torch.randperm(len(source), generator=sample_generator(seed))[:count]
+        self.indices = chosen.tolist()
+
+    def __len__(self):
+        return len(self.indices)
+
+    def name(self, index):
+        """What to call image `index` in a message: its file, if it has one."""
+        files = getattr(self.source, "files", None)
+        return files[self.indices[index]] if files else f"image {self.indices[index]}"
+
+    def bad_limit(self):
+        """How many distinct unreadable images a run puts up with."""
+        return max(10, len(self) // 100)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        seed = sample_seed(self.seed, epoch, index)
+        bad = []
+        while True:
+            try:
+                # torchvision draws from torch's global generator: seed it, and give it back.
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(seed)
+                    noise = torch.rand(self.num_patches)
+                    return self.transform(self.source[self.indices[index]][0]), noise, seed, bad
+            except Exception as error:  # decoders raise anything; the run reports and counts it
+                bad.append((index, f"{type(error).__name__}: {error}"))
+            if len(bad) > self.bad_limit() or len(bad) == len(self):  # the run is about to end
+                return torch.zeros(3, self.image_size, self.image_size).byte(), noise, seed, bad
+            index = (index + 1) % len(self)
+
+    def transform(self, image):
+        """PIL image -> uint8 (3, S, S)."""
+        width, height = upright_size(image)
+        if self.augment:
+            shape = torch.empty(1, height, width, device="meta")  # all that torchvision asks for
+            top, left, h, w = v2.RandomResizedCrop.get_params(
+                shape, scale=[self.crop_min, 1.0], ratio=[3 / 4, 4 / 3]
+            )
+            box = (left, top, left + w, top + h)
+            image = self.jitter(self.flip(resized_crop(image, box, self.image_size)))
+        else:
+            side = min(width, height)
+            left, top = (width - side) / 2, (height - side) / 2
+            image = resized_crop(image, (left, top, left + side, top + side), self.image_size)
+        return v2.functional.pil_to_tensor(image)
+
+
+def collate(samples):
+    """`PretrainSet` samples -> (images (B, 3, S, S) uint8, noise (B, N), seeds (B,), bad)."""
+    images, noise, seeds, bad = zip(*samples, strict=True)
+    return torch.stack(images), torch.stack(noise), torch.tensor(seeds), sum(bad, [])
+
+
+class EpochSampler(Sampler):
+    """Yields (epoch, index) for one process: a shuffle that depends on (seed, epoch) alone.
+
+    Set `epoch` (from 1) and `start` (steps already done of it) before iterating. One step takes
+    `global_batch` images, dealt to the processes in turn: process r gets numbers r, r + world, ...
+    so that two processes with half the batch see the images of one with the whole. An incomplete
+    last step is left out.
+    """
+
+    def __init__(self, length, *, global_batch, seed, rank=0, world=1):
+        self.length, self.global_batch, self.seed = length, global_batch, seed
+        self.rank, self.world = rank, world
+        self.epoch, self.start = 1, 0
+        self.steps = length // global_batch  # of a whole epoch
+
+    def __len__(self):
+        return (self.steps - self.start) * self.global_batch // self.world
+
+    def __iter__(self):
+        order = torch.randperm(self.length, generator=sample_generator(self.seed, self.epoch))
+        order = order[self.start * self.global_batch : self.steps * self.global_batch]
+        for index in order[self.rank :: self.world].tolist():
+            yield self.epoch, index
+
+
+def ignore_interrupt(worker):
+    """Ctrl-C reaches every process of a terminal; the main one decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def build_loader(dataset, sampler, *, batch_size, workers):
+    """DataLoader of `PretrainSet` samples whose workers outlive the epoch."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=ignore_interrupt,
+    )
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+
+
+def pixel_mask(mask, image_size):
+    """Patch mask (B, N) -> pixel mask (B, 1, H, W)."""
+    side = round(mask.shape[1] ** 0.5)
+    mask = mask.view(-1, 1, side, side)
+    repeat = image_size // side
+    return mask.repeat_interleave(repeat, dim=2).repeat_interleave(repeat, dim=3)
+
+
+def grey_out(images, hidden):
+    """Images (B, 3, H, W) with the hidden pixels (B, 1, H, W), 1 = hidden, in mid-grey."""
+    return images * (1 - hidden) + 0.5 * hidden
+
+
+def save_picture(path, columns, gap=6):
+    """Write a PNG with one row an image and one labelled column for each entry of `columns`.
+
+    columns: {title: (B, 3, H, W) in [0, 1], clamped here}. Small images are enlarged by a whole
+    factor without interpolation, so that every pixel shown is one that was there.
+    """
+    zoom = max(1, round(200 / next(iter(columns.values())).shape[3]))
+    tile = zoom * next(iter(columns.values())).shape[3]
+    rows = next(iter(columns.values())).shape[0]
+    title_height = 30
+    width, height = (tile + gap) * len(columns) - gap, title_height + (tile + gap) * rows - gap
+    canvas = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=17)
+    for column, (title, images) in enumerate(columns.items()):
+        left = column * (tile + gap)
+        draw.text((left + tile / 2, title_height / 2), title, "black", font, anchor="mm")
+        pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        for row, array in enumerate(pixels):
+            picture = Image.fromarray(array).resize((tile, tile), Image.Resampling.NEAREST)
+            canvas.paste(picture, (left, title_height + row * (tile + gap)))
+    canvas.save(path)

@@ -1,0 +1,929 @@
+"""Tests: `python test_smoke.py` (or pytest). CPU, offline, minutes; exit status 1 on failure.
+
+Each test is one claim. Expected values come from hand calculation or from a slow, independent
+computation, never from the code under test.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+import data
+import losses
+import model
+import train
+
+TINY = ["--model", "tiny", "--image-size", "32", "--patch-size", "8", "--data", "shapes"]
+FAST = [*TINY, "--batch-size", "4", "--val-images", "4", "--workers", "0", "--lr", "1e-3"]
+
+
+# ---- Helpers -------------------------------------------------------------------------------------
+
+
+def close(a, b, tolerance):
+    """Largest absolute difference is at most `tolerance`."""
+    difference = (torch.as_tensor(a) - torch.as_tensor(b)).abs().max().item()
+    assert difference <= tolerance, f"differs by {difference}, allowed {tolerance}"
+
+
+def tiny_run(*flags):
+    """A training run without data: (run, args), small enough for a test."""
+    args = train.parse_args([*TINY, "--out", "unused", *flags])
+    return train.build_run(args, torch.device("cpu")), args
+
+
+def tiny_batch(B=4, seed=0):
+    """(images (B, 3, 32, 32) in [0, 1], noise (B, 16))."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(B, 3, 32, 32, generator=generator), torch.rand(B, 16, generator=generator)
+
+
+def gradients(network):
+    """Every gradient of a network as one vector."""
+    return torch.cat([p.grad.flatten() for p in network.parameters() if p.requires_grad])
+
+
+def command(*flags):
+    """Run train.main in this process -> (exit status, standard error)."""
+    errors = io.StringIO()
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            status = train.main([str(f) for f in flags])
+        except SystemExit as exit:
+            status = exit.code
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+        signal.signal(number, handler)
+    return status, errors.getvalue()
+
+
+def refused(*flags, names):
+    """The command ends with status 2 and one line on standard error that holds each of `names`."""
+    status, errors = command(*flags)
+    assert status == 2, (status, errors)
+    assert errors.count("\n") == 1 and "Traceback" not in errors, errors
+    assert all(name in errors for name in names), (names, errors)
+
+
+def weights(out):
+    """G's (and D's) weights in a checkpoint, by name."""
+    checkpoint = torch.load(Path(out) / "checkpoint.pt", weights_only=True)
+    parts = [part for part in ("mae", "disc") if part in checkpoint]
+    return {f"{part}.{k}": v for part in parts for k, v in checkpoint[part].items()}
+
+
+def same_weights(out_a, out_b):
+    """Two checkpoints hold the same weights, bit for bit."""
+    a, b = weights(out_a), weights(out_b)
+    assert a.keys() == b.keys()
+    differ = [k for k in a if not torch.equal(a[k], b[k])]
+    assert not differ, differ
+
+
+# ---- Losses --------------------------------------------------------------------------------------
+
+
+def test_lsgan_losses_equal_hand_values():
+    # (0.5-1)^2 = 0.25 real; 0.25^2 = 0.0625 fake; half the sum = 0.15625
+    real, fake = torch.full((2, 1), 0.5), torch.full((2, 1), 0.25)
+    assert math.isclose(losses.lsgan_d_loss(real, fake).item(), 0.15625)
+    # G: half of (0.25-1)^2 = 0.28125
+    assert math.isclose(losses.lsgan_g_loss(fake).item(), 0.28125)
+    # The square is of each logit, not of their mean: (3-1)^2 and (-1-1)^2 both count 4.
+    assert math.isclose(losses.lsgan_g_loss(torch.tensor([3.0, -1.0])).item(), 2.0)
+
+
+def test_masked_mse_counts_hidden_patches_alone_in_normalised_units():
+    images = torch.rand(2, 3, 8, 8)
+    mask = torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, 1]])
+    error = torch.zeros(2, 3, 8, 8)
+    std = torch.tensor(model.IMAGENET_STD).view(3, 1, 1)
+    error[0, :, :4, :4] = 2 * std  # hidden: 2 standard deviations, squared 4
+    error[0, :, :4, 4:] = 9.0  # visible: must not count
+    error[1, :, 4:, 4:] = 1 * std  # hidden: squared 1; the other hidden patch has no error
+    loss = losses.masked_mse(images + error, images, mask, patch_size=4)
+    close(loss, (4 + 0 + 1) / 3, 1e-5)
+
+
+def test_masked_mse_with_norm_pix_equals_a_slow_loop():
+    images, reconstruction = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
+    mask = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 1]])
+    mean, std = np.array(model.IMAGENET_MEAN), np.array(model.IMAGENET_STD)
+    total = []
+    for b, n in [
+        (0, 0),
+        (0, 2),
+        (1, 1),
+        (1, 3),
+    ]:  # the hidden patches, in row order of a 2 x 2 grid
+        rows, columns = slice(n // 2 * 4, n // 2 * 4 + 4), slice(n % 2 * 4, n % 2 * 4 + 4)
+        target = images[b, :, rows, columns].permute(1, 2, 0).double().numpy()
+        target = (target - mean) / std
+        target = (target - target.mean()) / math.sqrt(target.var(ddof=1) + 1e-6)
+        prediction = reconstruction[b, :, rows, columns].permute(1, 2, 0).double().numpy()
+        total.append((((prediction - mean) / std - target) ** 2).mean())
+    close(losses.masked_mse(reconstruction, images, mask, 4, norm_pix=True), np.mean(total), 1e-5)
+
+
+def test_ms_ssim_l1_equals_the_closed_form_on_flat_images():
+    # Flat images have no variance: SSIM is the luminance term, and the same at every scale.
+    a, b = 0.3, 0.7
+    similarity = (2 * a * b + 1e-4) / (a * a + b * b + 1e-4)
+    expected = 0.85 * (1 - similarity) / 2 + 0.15 * (b - a)
+    x, y = torch.full((1, 3, 32, 32), a), torch.full((1, 3, 32, 32), b)
+    close(losses.ms_ssim_l1(x, y), expected, 2e-4)  # float32 variances are good to 1e-7 of C2 9e-4
+    close(losses.ms_ssim_l1(y, y), 0.0, 1e-6)
+
+
+def slow_ssim(x, y, window):
+    """Mean SSIM of two 2-D arrays, window by window, from the definition."""
+    k, values = len(window), []
+    for i in range(x.shape[0] - k + 1):
+        for j in range(x.shape[1] - k + 1):
+            u, v = x[i : i + k, j : j + k], y[i : i + k, j : j + k]
+            mu, mv = (window * u).sum(), (window * v).sum()
+            vu, vv = (window * (u - mu) ** 2).sum(), (window * (v - mv) ** 2).sum()
+            cov = (window * (u - mu) * (v - mv)).sum()
+            top = (2 * mu * mv + 0.01**2) * (2 * cov + 0.03**2)
+            values.append(top / ((mu**2 + mv**2 + 0.01**2) * (vu + vv + 0.03**2)))
+    return np.mean(values)
+
+
+def test_ms_ssim_l1_equals_a_slow_loop_over_windows_and_scales():
+    rng = np.random.default_rng(0)
+    x, y = rng.random((3, 24, 24)), rng.random((3, 24, 24))
+    images = [torch.tensor(v[None], dtype=torch.float32) for v in (x, y)]
+    expected = 0
+    for scale in range(4):
+        if scale:
+            x, y = (v.reshape(3, v.shape[1] // 2, 2, -1, 2).mean((2, 4)) for v in (x, y))
+        similarity = np.mean([slow_ssim(x[c], y[c], np.full((3, 3), 1 / 9)) for c in range(3)])
+        expected += (0.85 * (1 - similarity) / 2 + 0.15 * np.abs(x - y).mean()) / 4
+    close(losses.ms_ssim_l1(*images), expected, 1e-5)
+
+
+def test_gram_and_feature_terms_equal_hand_values():
+    # Two channels of two pixels: rows (1, 2) and (3, 4), C H W = 4.
+    features = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])
+    close(losses.gram(features), torch.tensor([[[5.0, 11], [11, 25]]]) / 4, 0)
+    # Against zeros: feature = mean (1, 2, 3, 4) = 2.5; style = mean (5, 11, 11, 25) / 4 = 3.25
+    zeros = torch.zeros_like(features)
+    close(losses.feature_loss([features], [zeros]), 2.5, 0)
+    close(losses.style_loss([features], [zeros]), 3.25, 0)
+    # Two layers sum, with the paper's weights .05 and 40.
+    total = losses.feature_style_loss([features, features], [zeros, zeros])
+    close(total, 2 * (0.05 * 2.5 + 40 * 3.25), 1e-4)
+
+
+def test_gram_is_float32_under_autocast():
+    features = torch.rand(1, 8, 16, 16)
+    flat = features.double().flatten(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = losses.gram(features)
+    assert result.dtype == torch.float32
+    close(result.double(), flat @ flat.transpose(1, 2) / flat.numel(), 1e-6)
+
+
+def test_psnr_and_ssim_metrics_equal_closed_forms_and_a_slow_loop():
+    x = torch.full((2, 3, 16, 16), 0.5)
+    close(losses.psnr(x + 0.1, x), torch.tensor([20.0, 20.0]), 1e-3)  # MSE .01
+    weight = torch.zeros(2, 1, 16, 16)
+    weight[:, :, :8] = 1
+    y = x.clone()
+    y[:, :, :8] += 0.01  # counts: MSE 1e-4
+    y[:, :, 8:] += 0.5  # does not
+    close(losses.psnr(y, x, weight), torch.tensor([40.0, 40.0]), 1e-2)
+    rng = np.random.default_rng(0)
+    u, v = rng.random((14, 14)), rng.random((14, 14))
+    offsets = np.arange(-5, 6)
+    window = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.5**2))
+    u4, v4 = (torch.tensor(a, dtype=torch.float32).expand(1, 3, 14, 14) for a in (u, v))
+    close(losses.ssim(u4, v4), slow_ssim(u, v, window / window.sum()), 1e-5)
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+
+
+def slow_mae(weights, images, noise, depth, heads, decoder_depth, decoder_heads, patch):
+    """The MAE of He et al. 2022 written out slowly, one sample at a time -> normalised patches.
+
+    A convolution embeds all patches, attention is an explicit softmax, masking is index lists.
+    """
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return scaled * weights[name + ".weight"] + weights[name + ".bias"]
+
+    def apply(x, name):
+        return x @ weights[name + ".weight"].T + weights[name + ".bias"]
+
+    def block(x, name, heads):
+        q, k, v = apply(norm(x, name + ".norm1"), name + ".attn.qkv").chunk(3, dim=-1)
+        out = []
+        for h in range(heads):
+            part = slice(h * q.shape[1] // heads, (h + 1) * q.shape[1] // heads)
+            scores = q[:, part] @ k[:, part].T / math.sqrt(q.shape[1] // heads)
+            out.append(scores.exp() / scores.exp().sum(-1, keepdim=True) @ v[:, part])
+        x = x + apply(torch.cat(out, dim=1), name + ".attn.proj")
+        hidden = apply(norm(x, name + ".norm2"), name + ".mlp.fc1")
+        hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+        return x + apply(hidden, name + ".mlp.fc2")
+
+    mean = torch.tensor(model.IMAGENET_MEAN).view(3, 1, 1)
+    std = torch.tensor(model.IMAGENET_STD).view(3, 1, 1)
+    results = []
+    for image, sample_noise in zip(images, noise, strict=True):
+        embedded = F.conv2d(
+            ((image - mean) / std)[None],
+            weights["patch_embed.proj.weight"],
+            weights["patch_embed.proj.bias"],
+            stride=patch,
+        )[0].flatten(1).T  # fmt: skip
+        visible = sorted(range(16), key=lambda n: sample_noise[n])[:4]
+        x = embedded[visible] + weights["pos_embed"][0, 1:][visible]
+        x = torch.cat([weights["cls_token"][0], x])
+        for i in range(depth):
+            x = block(x, f"blocks.{i}", heads)
+        x = apply(norm(x, "norm"), "decoder_embed")
+        full = weights["mask_token"][0].repeat(17, 1)
+        full[0] = x[0]
+        for place, token in zip(visible, x[1:], strict=True):
+            full[1 + place] = token
+        x = full + weights["decoder_pos_embed"][0]
+        for i in range(decoder_depth):
+            x = block(x, f"decoder_blocks.{i}", decoder_heads)
+        results.append(apply(norm(x, "decoder_norm"), "decoder_pred")[1:])
+    return torch.stack(results)
+
+
+def test_mae_equals_a_slow_implementation():
+    torch.manual_seed(0)
+    mae = model.build_mae("tiny", 32, 8)
+    with torch.no_grad():
+        for p in mae.parameters():  # biases and norms away from their neutral start
+            p.add_(0.05 * torch.randn_like(p))
+        images, noise = tiny_batch(2)
+        (reconstruction,), _ = mae(images, 0.75, noise)
+        expected = slow_mae(mae.state_dict(), images, noise, 6, 3, 4, 4, 8)
+    normalised = model.imagenet_normalize(reconstruction)
+    for n in range(
+        16
+    ):  # patch n covers rows 8 (n // 4) and columns 8 (n % 4); channel runs fastest
+        rows, columns = slice(n // 4 * 8, n // 4 * 8 + 8), slice(n % 4 * 8, n % 4 * 8 + 8)
+        patch = normalised[:, :, rows, columns].permute(0, 2, 3, 1).flatten(1)
+        close(patch, expected[:, n], 1e-4)
+
+
+def test_masking_hides_three_quarters_and_the_encoder_never_sees_them():
+    mae = model.build_mae("tiny", 32, 8)
+    images, noise = tiny_batch(3)
+    ids_keep, ids_restore, mask = model.random_masking(noise, 0.75)
+    assert mask.sum(1).tolist() == [12, 12, 12]  # 1 = hidden
+    for b in range(3):  # the visible patches are those with the least noise
+        assert sorted(ids_keep[b].tolist()) == (mask[b] == 0).nonzero().flatten().tolist()
+        assert noise[b][mask[b] == 0].max() < noise[b][mask[b] == 1].min()
+    hidden = data.pixel_mask(mask, 32)
+    changed = torch.where(hidden > 0, torch.rand_like(images), images)
+    with torch.no_grad():
+        (a,), _ = mae(images, 0.75, noise)
+        (b,), _ = mae(changed, 0.75, noise)
+        (c,), _ = mae(torch.where(hidden > 0, images, torch.rand_like(images)), 0.75, noise)
+    close(a, b, 0)
+    assert (a - c).abs().max() > 1e-3  # the visible ones do matter
+
+
+def test_positions_equal_hand_values():
+    table = model.sincos_positions(8, side=3)[0]  # CLS, then rows of 3
+    assert table.shape == (10, 8) and table[0].abs().max() == 0
+    # Row 2, column 1. Two wavelengths: frequencies 1 and 10000^(-1/2) = .01; column first.
+    s, c = math.sin, math.cos
+    expected = [s(1), s(0.01), c(1), c(0.01), s(2), s(0.02), c(2), c(0.02)]
+    close(table[1 + 2 * 3 + 1], torch.tensor(expected), 1e-6)
+
+
+def test_vit_base_has_the_published_names_and_numbers():
+    mae = model.build_mae("base")
+    # 111,907,840 with its two position tables (197 * 768 + 197 * 512), as the published MAE counts.
+    assert sum(v.numel() for v in mae.state_dict().values()) == 111_907_840
+    shapes = {k: tuple(v.shape) for k, v in mae.state_dict().items()}
+    expected = {
+        "cls_token": (1, 1, 768),
+        "pos_embed": (1, 197, 768),
+        "patch_embed.proj.weight": (768, 3, 16, 16),
+        "blocks.11.attn.qkv.weight": (2304, 768),
+        "blocks.11.attn.proj.bias": (768,),
+        "blocks.0.mlp.fc1.weight": (3072, 768),
+        "blocks.0.norm2.weight": (768,),
+        "norm.bias": (768,),
+        "decoder_embed.weight": (512, 768),
+        "mask_token": (1, 1, 512),
+        "decoder_pos_embed": (1, 197, 512),
+        "decoder_blocks.7.mlp.fc2.weight": (512, 2048),
+        "decoder_norm.weight": (512,),
+        "decoder_pred.weight": (768, 512),
+    }
+    assert expected.items() <= shapes.items()
+    # Xavier-uniform: bound sqrt(6 / (in + out)), deviation bound / sqrt(3). Tokens: .02.
+    qkv = mae.blocks[3].attn.qkv.weight
+    bound = math.sqrt(6 / (768 + 2304))
+    assert qkv.abs().max() <= bound and abs(qkv.std().item() / (bound / math.sqrt(3)) - 1) < 0.01
+    kernel = mae.patch_embed.proj.weight
+    assert abs(kernel.std().item() / math.sqrt(2 / (768 + 768)) - 1) < 0.01
+    assert abs(mae.cls_token.std().item() / 0.02 - 1) < 0.1
+    assert mae.blocks[3].attn.qkv.bias.abs().max() == 0
+
+
+def test_discriminator_halves_to_below_8_pixels_and_uses_the_finest_image():
+    for size, sides in {224: [112, 56, 28, 14, 7], 32: [16, 8, 4], 96: [48, 24, 12, 6]}.items():
+        disc = model.build_discriminator(size, 4, 16)
+        images = torch.rand(2, 3, size, size)
+        logits, features = disc([images, torch.rand(2, 3, size // 2, size // 2)])
+        assert logits.shape == (2,)
+        assert [f.shape[2] for f in features] == sides
+        assert [f.shape[1] for f in features] == [min(4 * 2**i, 16) for i in range(len(sides))]
+        close(logits, disc([images])[0], 0)
+
+
+# ---- The training step ---------------------------------------------------------------------------
+
+
+def naive_objective(run, args, images, noise):
+    """Eq. 6 as one plain graph through G and D, feature terms included -> scalar."""
+    (reconstruction,), mask = run.mae(images, args.mask_ratio, noise)
+    total = train.pixel_loss(losses.LOSSES[args.loss], reconstruction, images, mask, args)
+    if run.disc is not None:
+        logits, fake = run.disc([reconstruction])
+        _, real = run.disc([images])
+        total = total + losses.lsgan_g_loss(logits)
+        if losses.LOSSES[args.loss]["features"] == "disc":
+            total = total + losses.feature_style_loss(fake, real)
+    return total
+
+
+def test_every_row_gives_g_the_gradient_of_eq_6_and_d_that_of_eq_4():
+    images, noise = tiny_batch()
+    for loss in losses.LOSSES:
+        run, args = tiny_run("--loss", loss)
+        active = losses.LOSSES[loss]["features"] is not None
+        train.backward(run, images, noise, active, 1.0, args)
+        wanted = gradients(run.mae)
+        wanted_d = None if run.disc is None else gradients(run.disc)
+        train.update(run, apply=False)
+
+        naive_objective(run, args, images, noise).backward()
+        close(gradients(run.mae), wanted, 1e-5 * wanted.abs().max().item())
+        if run.disc is not None:  # D: from eq. 4 alone, nothing of what G minimises
+            run.disc.zero_grad()
+            with torch.no_grad():
+                (fake,), _ = run.mae(images, args.mask_ratio, noise)
+            losses.lsgan_d_loss(run.disc([images])[0], run.disc([fake])[0]).backward()
+            close(gradients(run.disc), wanted_d, 1e-5 * wanted_d.abs().max().item())
+
+
+def test_d_loss_leaves_g_without_gradient():
+    run, args = tiny_run("--loss", "ls_gan", "--pixel-weight", "0", "--adversarial-weight", "0")
+    train.backward(run, *tiny_batch(), False, 1.0, args)
+    assert gradients(run.mae).abs().max() == 0
+    assert gradients(run.disc).abs().max() > 0
+
+
+def test_perceptual_term_alone_reaches_the_first_encoder_block():
+    images, noise = tiny_batch()
+    for loss in [name for name, recipe in losses.LOSSES.items() if recipe["features"]]:
+        off = ["--pixel-weight", "0", "--adversarial-weight", "0"]
+        for kept in (["--delta-s", "0"], ["--delta-f", "0"]):  # the feature term, the style term
+            run, args = tiny_run("--loss", loss, *off, *kept)
+            train.backward(run, images, noise, True, 1.0, args)
+            assert run.mae.blocks[0].attn.qkv.weight.grad.abs().max() > 0, (loss, kept)
+            assert run.mae.patch_embed.proj.weight.grad.abs().max() > 0, (loss, kept)
+        run, args = tiny_run("--loss", loss, *off)  # an odd epoch: nothing is left
+        train.backward(run, images, noise, False, 1.0, args)
+        assert gradients(run.mae).abs().max() == 0
+
+
+def test_accumulated_halves_equal_the_whole_batch():
+    images, noise = tiny_batch()
+    whole, args = tiny_run("--loss", "ls_gan_p")
+    halves, _ = tiny_run("--loss", "ls_gan_p")
+    pixels = (images * 255).byte()
+    train.accumulate(whole, [(pixels, noise)], True, args)
+    train.accumulate(halves, [(pixels[:2], noise[:2]), (pixels[2:], noise[2:])], True, args)
+    for name in ("mae", "disc"):
+        a, b = gradients(getattr(whole, name)), gradients(getattr(halves, name))
+        close(a, b, 1e-4 * a.abs().max().item())
+
+
+def test_gradient_scaler_changes_no_update():
+    # float32 with a scaler must step exactly as without: every loss is scaled once, and only once.
+    images, noise = tiny_batch()
+    runs = [tiny_run("--loss", "ls_gan_p") for _ in range(2)]
+    scaled = runs[1][0]
+    scaled.scaler_g = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaled.scaler_d = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    for run, args in runs:
+        for optimizer in (run.opt_g, run.opt_d):  # plain steps: Adam would hide a wrong factor
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            name = "opt_g" if optimizer is run.opt_g else "opt_d"
+            setattr(run, name, torch.optim.SGD(parameters, lr=0.1))
+        train.backward(run, images, noise, True, 1.0, args)
+        train.update(run, apply=True)
+    for name in ("mae", "disc"):
+        a, b = (torch.cat([p.flatten() for p in getattr(r, name).parameters()]) for r, _ in runs)
+        close(a, b, 1e-6)
+
+
+def test_every_row_learns_a_batch_by_heart():
+    images = torch.stack([data.to_float(s[0]) for s in shapes_samples(4)])
+    noise = torch.rand(4, 16, generator=torch.Generator().manual_seed(0))
+    for loss in losses.LOSSES:
+        run, args = tiny_run("--loss", loss, "--lr", "1e-3")
+        args.warmup_epochs = 0
+        train.set_learning_rates(run, train.new_progress(), 1000, args)
+        history = []
+        for step in range(30):
+            active = losses.LOSSES[loss]["features"] is not None and step % 2 == 1
+            history.append(train.backward(run, images, noise, active, 1.0, args)["pixel"].item())
+            train.update(run, apply=True)
+        assert np.mean(history[-3:]) < 0.75 * np.mean(history[:3]), (loss, history)
+
+
+def test_learning_rate_follows_the_schedule():
+    rate = [train.learning_rate(p, warmup=4, total=12, peak=2.0) for p in range(13)]
+    close(rate[:4], torch.tensor([0.5, 1.0, 1.5, 2.0]), 1e-12)
+    # cosine from the peak at 4 over its half at 8 to nothing at 12
+    close([rate[4], rate[8], rate[12]], torch.tensor([2.0, 1.0, 0.0]), 1e-6)
+    close(rate[6], 1 + math.cos(math.pi / 4), 1e-6)
+    # PAPER: batch 32 on 8 GPUs and 40 of 300 warm-up epochs give 1.5e-4
+    args = train.parse_args(["--batch-size", "256"])
+    assert math.isclose(args.lr, 1.5e-4) and args.warmup_epochs == 40
+
+
+def test_weight_decay_spares_norms_biases_and_tokens():
+    mae = model.build_mae("tiny", 32, 8)
+    decayed, spared = train.parameter_groups(mae, 0.05)
+    names = {id(p): name for name, p in mae.named_parameters()}
+    for p in decayed["params"]:
+        assert names[id(p)].endswith("weight") and "norm" not in names[id(p)]
+    spared_names = {names[id(p)] for p in spared["params"]}
+    assert {"cls_token", "mask_token", "norm.weight", "blocks.0.attn.qkv.bias"} <= spared_names
+    assert spared["weight_decay"] == 0 and decayed["weight_decay"] == 0.05
+
+
+def test_gpu_support_is_judged_by_machine_code_and_ptx():
+    assert train.gpu_is_supported((7, 0), ["sm_70", "sm_80"])
+    assert train.gpu_is_supported((8, 6), ["sm_80"])  # a later minor of the same major
+    assert train.gpu_is_supported((12, 0), ["sm_80", "compute_90"])  # PTX compiles for later GPUs
+    assert not train.gpu_is_supported((7, 0), ["sm_75", "sm_80", "sm_90a", "compute_120"])
+    assert not train.gpu_is_supported((9, 0), ["sm_80"])
+
+
+# ---- Data ----------------------------------------------------------------------------------------
+
+
+def shapes_samples(count, size=32, epoch=1, seed=0):
+    """The first training samples of `shapes`."""
+    dataset = data.PretrainSet(
+        data.Shapes("train", size), image_size=size, num_patches=16, seed=seed, limit=64
+    )
+    return [dataset[epoch, i] for i in range(count)]
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone():
+    state = torch.get_rng_state()
+    first = shapes_samples(3)
+    torch.rand(5)  # whatever others draw
+    again = shapes_samples(3)
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[2] == b[2]
+    assert not torch.equal(first[0][0], first[1][0])
+    for other in (shapes_samples(1, epoch=2), shapes_samples(1, seed=1)):
+        assert not torch.equal(first[0][1], other[0][1]) and first[0][2] != other[0][2]
+    torch.set_rng_state(state)
+    shapes_samples(1)
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is given back
+
+
+def test_sampler_deals_each_image_once_and_resumes_in_mid_epoch():
+    def order(rank=0, world=1, start=0, epoch=1):
+        sampler = data.EpochSampler(23, global_batch=4, seed=0, rank=rank, world=world)
+        sampler.epoch, sampler.start = epoch, start
+        assert len(sampler) == len(list(sampler))
+        return list(sampler)
+
+    whole = order()
+    assert len(whole) == 20 == len(set(whole))  # 5 steps of 4; the incomplete one is left out
+    assert sorted(i for _, i in whole) != [i for _, i in whole]
+    assert order(start=3) == whole[12:]
+    assert [i for _, i in order(epoch=2)] != [i for _, i in whole]
+    # Two processes, two images each a step: step k holds the images of the single process's step k.
+    halves = [order(rank=r, world=2) for r in range(2)]
+    for k in range(5):
+        both = halves[0][2 * k : 2 * k + 2] + halves[1][2 * k : 2 * k + 2]
+        assert set(both) == set(whole[4 * k : 4 * k + 4])
+
+
+def test_shapes_are_balanced_deterministic_and_alike_at_every_size():
+    small, large = data.Shapes("val", 32), data.Shapes("val", 64)
+    assert len(small.classes) == 10 and np.bincount(small.targets).tolist() == [500] * 10
+    for i in (0, 7, 123):
+        assert small.scene(i) == large.scene(i)
+        areas = sorted(((o.area, o.kind) for o in large.scene(i)), reverse=True)
+        assert areas[0][1] == large[i][1]  # the label is the class of the largest...
+        assert len(areas) == 1 or areas[0][0] > 2.5 * areas[1][0]  # ...which is clearly so
+        halved = np.asarray(large[i][0], dtype=float).reshape(32, 2, 32, 2, 3).mean((1, 3))
+        assert np.abs(halved - np.asarray(small[i][0])).mean() < 5  # of 255
+        assert np.array_equal(np.asarray(large[i][0]), np.asarray(data.Shapes("val", 64)[i][0]))
+    assert not np.array_equal(np.asarray(small[0][0]), np.asarray(data.Shapes("train", 32)[0][0]))
+
+
+def test_shape_outlines_cover_the_area_they_state():
+    # An object in the middle, large enough: its antialiased mask sums to its area.
+    for kind in range(10):
+        drawn = data.Shapes("val", 64).scene(0)[0]._replace(kind=kind, x=0.5, y=0.5, radius=0.4)
+        assert abs(data.coverage(drawn, 200).mean() / drawn.area - 1) < 0.01, kind
+
+
+def picture_file(folder, name, image, **options):
+    path = Path(folder) / name
+    image.save(path, **options)
+    return path
+
+
+def test_every_kind_of_file_reads_as_upright_rgb():
+    with tempfile.TemporaryDirectory() as folder:
+
+        def read(name, image, **options):
+            path = picture_file(folder, name, image, **options)
+            return np.asarray(data.to_rgb(Image.open(path))).astype(int)
+
+        grey = Image.new("L", (4, 4), 100)
+        assert (read("grey.png", grey) == 100).all()
+        deep = Image.fromarray(np.full((4, 4), 100 * 257, np.uint16))  # 16 bits: 257 = 65535 / 255
+        assert (read("deep.png", deep) == 100).all()
+        palette = Image.new("RGB", (4, 4), (10, 200, 30)).quantize(4)
+        assert np.abs(read("palette.png", palette)[0, 0] - [10, 200, 30]).max() <= 2
+        half = Image.new("RGBA", (4, 4), (255, 0, 0, 0))  # red, but fully transparent: white
+        assert (read("clear.png", half) == 255).all()
+        cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # no cyan: red
+        assert np.abs(read("cmyk.jpg", cmyk, quality=95)[8, 8] - [255, 0, 0]).max() <= 6
+        # Orientation 6: what is stored lies on its left side; the stored left column is the top.
+        stored = np.zeros((4, 8, 3), np.uint8)
+        stored[:, 0] = 255
+        exif = Image.Exif()
+        exif[data.EXIF_ORIENTATION] = 6
+        turned = read("turned.png", Image.fromarray(stored), exif=exif)
+        assert turned.shape == (8, 4, 3) and (turned[0] == 255).all() and (turned[1:] == 0).all()
+
+
+def test_crops_are_upright_and_large_jpegs_decode_at_a_reduced_scale():
+    # A smooth picture, so that decoding at 1/4 scale and resizing agree.
+    y, x = np.mgrid[:600, :800] / 800
+    smooth = Image.fromarray((np.stack([x, y, 1 - x], 2) * 255).astype(np.uint8))
+    box, size = (100, 50, 500, 450), 50
+    with tempfile.TemporaryDirectory() as folder:
+        exif = Image.Exif()
+        exif[data.EXIF_ORIENTATION] = 3  # stored upside down
+        flat = picture_file(folder, "flat.jpg", smooth, quality=95)
+        turned = picture_file(
+            folder,
+            "turned.jpg",
+            smooth.transpose(Image.Transpose.ROTATE_180),
+            quality=95,
+            exif=exif,
+        )
+        expected = smooth.crop(box).resize((size, size), Image.Resampling.BOX)
+        for path in (flat, turned):
+            crop = data.resized_crop(Image.open(path), box, size)
+            error = np.abs(np.asarray(crop, dtype=int) - np.asarray(expected, dtype=int))
+            assert error.mean() < 2, (path, error.mean())
+        opened = Image.open(flat)
+        data.resized_crop(opened, box, size)
+        assert opened.size == (100, 75)  # 400 / 50 = 8: an eighth of 800 x 600
+
+
+def write_folder(root, classes=("a", "b"), count=12, size=32):
+    """A folder of class folders with small random PNGs."""
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (Path(root) / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(Path(root) / name / f"{i}.png")
+
+
+def test_folder_layouts_are_read_as_what_they_are():
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_folder(root / "imagenet" / "train")
+        write_folder(root / "imagenet" / "val", count=3)
+        train_part, val_part = data.open_sources(str(root / "imagenet"), image_size=32, seed=0)
+        assert (len(train_part), len(val_part), train_part.classes) == (24, 6, ["a", "b"])
+        assert train_part.targets == [0] * 12 + [1] * 12
+
+        # Class folders alone: 8 are held out, the same ones for the same seed, none in both.
+        parts = data.open_sources(str(root / "imagenet" / "train"), image_size=32, seed=0)
+        again = data.open_sources(str(root / "imagenet" / "train"), image_size=32, seed=0)
+        assert [len(p) for p in parts] == [16, 8] and parts[1].files == again[1].files
+        assert not set(parts[0].files) & set(parts[1].files)
+
+        flat = data.open_sources(
+            str(root / "imagenet" / "train" / "a" / ".."), image_size=32, seed=0
+        )
+        assert len(flat[0].classes) == 2
+        flat = data.open_sources(str(root / "imagenet" / "train"), image_size=32, seed=1)
+        assert flat[1].files != parts[1].files  # another seed holds out others
+        write_folder(root / "flat", classes=("",), count=20)
+        flat = data.open_sources(str(root / "flat"), image_size=32, seed=0)
+        assert [len(p) for p in flat] == [12, 8]
+
+
+def test_bad_input_ends_in_one_line_with_status_2():
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        fast = [*FAST, "--out", root / "run"]
+        (root / "empty").mkdir()
+        write_folder(root / "hole")
+        (root / "hole" / "nothing").mkdir()
+        write_folder(root / "mixed")
+        Image.new("RGB", (32, 32)).save(root / "mixed" / "stray.png")
+        write_folder(root / "few", count=3)
+        refused(*fast, "--data", root / "missing", names=["missing", "--data shapes"])
+        refused(*fast, "--data", root / "empty", names=["empty", "no images"])
+        refused(*fast, "--data", root / "hole", names=["hole/nothing", "no images"])
+        refused(*fast, "--data", root / "mixed", names=["stray.png", "mixed"])
+        refused(*fast, "--data", root / "few", names=["6 images", "hold out"])
+        refused(*fast, "--patch-size", 6, names=["patch size 6", "power of two"])
+        refused(*fast, "--image-size", 44, names=["image size 44", "patch size 8"])
+        refused(*fast, "--loss", "ls_gan", "--norm-pix-loss", names=["--norm-pix-loss", "mse"])
+        refused(*fast, "--loss", "ms_ssim", "--image-size", 16, names=["--image-size 16", "24"])
+        refused(*fast, "--limit-images", 3, names=["3 training images", "--batch-size"])
+        refused(*fast, "--mask-ratio", 0.99, names=["--mask-ratio 0.99", "16 patches"])
+        refused(*fast, "--amp", "fp16", names=["fp16", "GPU"])
+        refused(*fast, "--out", "/dev/null/run", names=["/dev/null/run"])
+        refused(*fast, "--resume", root / "none.pt", names=["none.pt", "does not exist"])
+        assert not (root / "run").exists()  # nothing was begun
+        here = os.getcwd()
+        os.chdir(root)
+        try:
+            refused(names=["data/imagenet", "--data shapes", "--demo"])  # plain `python train.py`
+        finally:
+            os.chdir(here)
+
+
+def test_unreadable_files_are_replaced_named_once_counted_and_limited():
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_folder(root / "train", count=20)
+        write_folder(root / "val", count=4)
+        good = root / "train" / "a" / "0.png"
+        good.write_bytes(good.read_bytes()[:200])  # truncated
+        (root / "train" / "b" / "1.png").write_text("not an image")
+        flags = [*FAST, "--data", root, "--out", root / "run", "--epochs", 2]
+        status, errors = command(*flags)
+        assert status == 0
+        for name in ("a/0.png", "b/1.png"):
+            assert errors.count(f"replaced: {root}/train/{name}") == 1, errors
+        rows = [json.loads(row) for row in (root / "run" / "log.jsonl").read_text().splitlines()]
+        assert [row["bad_images"] for row in rows] == [2, 2]
+        for i in range(5, 16):  # 11 more: 13 of 40 are over the limit of 10
+            (root / "train" / "a" / f"{i}.png").write_text("not an image")
+        status, errors = command(*flags, "--resume", "off")
+        assert status == 2 and "images are unreadable" in errors.splitlines()[-1], errors
+
+
+def test_pictures_show_every_pixel_enlarged_by_a_whole_factor():
+    images = torch.zeros(2, 3, 50, 50)
+    images[1, 0, 10, 20] = 1  # one red pixel in the second row of pictures
+    with tempfile.TemporaryDirectory() as folder:
+        data.save_picture(Path(folder) / "p.png", {"black": images * 0, "one pixel": images})
+        pixels = np.asarray(Image.open(Path(folder) / "p.png")).astype(int)
+    red = np.argwhere((pixels[:, :, 0] == 255) & (pixels[:, :, 1] == 0))
+    assert len(red) == 16 and (red.max(0) - red.min(0)).tolist() == [3, 3]  # 4 x 4: zoom 200 / 50
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+
+def test_norm_pix_pictures_put_back_true_statistics():
+    # A network that predicts each patch's normalised target perfectly shows the very image.
+    run, args = tiny_run("--norm-pix-loss")
+    images, noise = tiny_batch(1)
+    target = losses.patchify(model.imagenet_normalize(images), 8)
+    target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()
+    perfect = model.imagenet_denormalize(model.unpatchify(target, 8))
+    run.mae.forward = lambda *_: ([perfect], torch.ones(1, 16))
+    close(train.reconstruct(run, images, noise, args)[0], images, 1e-5)
+
+
+def test_validation_measures_hidden_pixels_alone():
+    run, args = tiny_run()
+    images = torch.full((2, 3, 32, 32), 102, dtype=torch.uint8)  # .4
+    mask = torch.zeros(2, 16)
+    mask[:, :4] = 1  # the first row of patches is hidden
+    off = torch.full((2, 3, 32, 32), 0.9)
+    off[:, :, :8] = 0.5  # .1 off where hidden: 20 dB
+    run.mae.forward = lambda *_: ([off], mask)
+    result = train.validate(run, images, torch.rand(2, 16), args)
+    close(result["psnr"], 20.0, 1e-3)
+    close(result["psnr_mean_fill"], 100.0, 1e-3)  # the visible mean is right: the ceiling
+
+
+def test_a_run_logs_each_epoch_once_and_even_epochs_have_feature_terms():
+    with tempfile.TemporaryDirectory() as out:
+        flags = [*FAST, "--loss", "ls_gan_p", "--limit-images", 8, "--out", out]
+        assert command(*flags, "--epochs", 4, "--steps", 5, "--picture-every", 1)[0] == 0
+        assert command(*flags, "--epochs", 4, "--save-every", 4)[0] == 0
+        rows = [json.loads(row) for row in (Path(out) / "log.jsonl").read_text().splitlines()]
+        assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+        assert [row["step"] for row in rows] == [2, 4, 6, 8]
+        assert [row["features_active"] for row in rows] == [False, True, False, True]
+        assert ["style" in row for row in rows] == [False, True, False, True]
+        assert all(math.isfinite(row["psnr"]) for row in rows)
+        for field in ("lr", "pixel", "adversarial", "d_accuracy_real", "images_per_second"):
+            assert field in rows[0], field
+        pictures = sorted(p.name for p in (Path(out) / "pictures").iterdir())
+        assert pictures == ["epoch_0001.png", "epoch_0002.png", "epoch_0004.png"]
+
+
+def test_every_row_stopped_in_mid_epoch_continues_bit_for_bit():
+    for loss in losses.LOSSES:
+        with tempfile.TemporaryDirectory() as folder:
+            flags = [*FAST, "--loss", loss, "--limit-images", 16, "--epochs", 2]
+            assert command(*flags, "--out", folder + "/once")[0] == 0
+            assert command(*flags, "--out", folder + "/twice", "--steps", 6)[0] == 0  # of 8
+            assert command(*flags, "--out", folder + "/twice")[0] == 0
+            same_weights(folder + "/once", folder + "/twice")
+
+
+def test_nonfinite_losses_skip_updates_then_stop_with_the_checkpoint_untouched():
+    real, calls = train.pixel_loss, []
+
+    def broken(*args):
+        calls.append(None)
+        return real(*args) * (float("nan") if len(calls) > 3 else 1)
+
+    with tempfile.TemporaryDirectory() as out:
+        train.pixel_loss = broken
+        try:
+            flags = [*FAST, "--limit-images", 64, "--out", out, "--save-steps", 1]
+            status, errors = command(*flags, "--epochs", 1)
+        finally:
+            train.pixel_loss = real
+        assert status == 2 and "10 non-finite losses in a row" in errors, errors
+        assert len(calls) == 13  # 3 good steps, 10 bad ones
+        kept = torch.load(Path(out) / "checkpoint.pt", weights_only=True)
+        assert kept["progress"]["step"] == 3
+        assert all(v.isfinite().all() for v in kept["mae"].values())
+
+
+class Malicious:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+def test_unfit_checkpoints_are_refused_and_never_executed():
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        flags = [*FAST, "--limit-images", 4, "--out", root / "run", "--epochs", 1]
+        assert command(*flags)[0] == 0
+        before = (root / "run" / "checkpoint.pt").read_bytes()
+        refused(*flags, "--loss", "ls_gan", names=["--loss mse (now ls_gan)", "--out"])
+        refused(*flags, "--model", "small", names=["--model tiny (now small)"])
+        refused(*flags, "--image-size", 64, names=["--image-size 32 (now 64)"])
+        for name, content in {
+            "text.pt": b"hello",
+            "evil.pt": pickle.dumps(Malicious(root / "executed")),
+            "short.pt": before[:1000],
+        }.items():
+            (root / name).write_bytes(content)
+            refused(*flags, "--resume", root / name, names=[name, "not a checkpoint"])
+        torch.save({"evil": Malicious(root / "executed")}, root / "evil2.pt")
+        refused(*flags, "--resume", root / "evil2.pt", names=["evil2.pt", "not a checkpoint"])
+        assert not (root / "executed").exists()
+        assert (root / "run" / "checkpoint.pt").read_bytes() == before  # nothing was lost
+
+
+def launch(*flags, **environment):
+    """Start train.py, or this file, in another process."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, flags)],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in environment.items()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_run_killed_in_mid_epoch_and_one_told_to_stop_end_like_one_never_stopped():
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["train.py", *TINY, "--batch-size", 4, "--val-images", 4, "--workers", 2]
+        flags += ["--loss", "ls_gan_p", "--limit-images", 80, "--epochs", 2, "--save-steps", 7]
+        whole = launch(*flags, "--out", folder + "/once")
+        broken = launch(*flags, "--out", folder + "/twice")
+        checkpoint = Path(folder) / "twice" / "checkpoint.pt"
+        while not checkpoint.exists() and broken.poll() is None:
+            time.sleep(0.01)
+        broken.send_signal(signal.SIGKILL)
+        broken.wait()
+        killed_at = torch.load(checkpoint, weights_only=True)["progress"]
+        assert killed_at["epoch_step"] % 20 != 0, killed_at  # in mid-epoch
+        assert whole.wait() == 0, whole.stdout.read()
+        # Continue, and stop again, this time as a batch system would.
+        again = launch(*flags, "--out", folder + "/twice")
+        while torch.load(checkpoint, weights_only=True)["progress"]["step"] <= killed_at["step"]:
+            assert again.poll() is None, again.stdout.read()
+            time.sleep(0.05)
+        again.send_signal(signal.SIGTERM)
+        assert again.wait() in (0, 128 + signal.SIGTERM), again.stdout.read()
+        last = launch(*flags, "--out", folder + "/twice")
+        assert last.wait() == 0, last.stdout.read()
+        same_weights(folder + "/once", folder + "/twice")
+        rows = (Path(folder) / "twice" / "log.jsonl").read_text().splitlines()
+        assert [json.loads(row)["epoch"] for row in rows] == [1, 2]
+
+
+def gloo_gradients(folder):
+    """One process of the next test: this rank's half of the batch, for every row."""
+    train.start_processes()
+    rank = int(os.environ["RANK"])
+    results = {}
+    for loss in losses.LOSSES:
+        run, args = tiny_run("--loss", loss)
+        images, noise = tiny_batch(8)
+        pixels, noise = (images * 255).byte()[rank::2], noise[rank::2]
+        batches = [(pixels[:2], noise[:2]), (pixels[2:], noise[2:])]  # accumulated, too
+        train.accumulate(run, batches, True, args)
+        results[loss] = [gradients(n) for n in (run.mae, run.disc) if n is not None]
+    torch.save(results, Path(folder) / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_gradients_of_one_for_every_row():
+    with tempfile.TemporaryDirectory() as folder:
+        port = 20000 + os.getpid() % 20000
+        ranks = [
+            launch(
+                __file__, "--gloo", folder,
+                RANK=r, WORLD_SIZE=2, LOCAL_RANK=r, MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+            )
+            for r in range(2)
+        ]  # fmt: skip
+        for process in ranks:
+            assert process.wait() == 0, process.stdout.read()
+        halves = [torch.load(Path(folder) / f"rank{r}.pt", weights_only=True) for r in range(2)]
+    for loss in losses.LOSSES:
+        run, args = tiny_run("--loss", loss)
+        images, noise = tiny_batch(8)
+        train.accumulate(run, [((images * 255).byte(), noise)], True, args)
+        whole = [gradients(n) for n in (run.mae, run.disc) if n is not None]
+        for expected, first, second in zip(whole, halves[0][loss], halves[1][loss], strict=True):
+            assert torch.equal(first, second), loss  # the processes agree
+            close(first, expected, 1e-4 * expected.abs().max().item())
+
+
+# ---- Runner --------------------------------------------------------------------------------------
+
+
+def main():
+    tests = {k: v for k, v in globals().items() if k.startswith("test_")}
+    failed = 0
+    for name, test in tests.items():
+        began = time.perf_counter()
+        try:
+            test()
+            outcome = "passed"
+        except Exception:
+            failed += 1
+            outcome = "FAILED\n" + traceback.format_exc()
+        print(f"{time.perf_counter() - began:6.1f} s  {name}: {outcome}", flush=True)
+    print(f"{len(tests) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--gloo"]:
+        gloo_gradients(sys.argv[2])
+    else:
+        sys.exit(main())

@@ -1,0 +1,895 @@
+"""Pre-train a (Perceptual) masked autoencoder.
+
+    python train.py --demo                                      # 4 minutes on two CPU cores
+    python train.py --loss mse --data path/to/imagenet          # one GPU
+    torchrun --nproc_per_node=8 train.py --loss ls_gan_p        # one node, data/imagenet
+
+Implements sec. 4 of the paper ("Pre-training"): the objective of eq. 6 with its schedule. Reads
+down: processes and precision, networks and optimisers, the training step, checkpoints, validation,
+benchmark, command line, and `main` with the training loop. The losses are in losses.py, the
+networks in model.py, the images in data.py.
+
+Writes to OUT: checkpoint.pt, log.jsonl (one JSON object an epoch) and pictures/. Run the same
+command again after any interruption and it continues where the checkpoint was saved.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import (
+    EpochSampler,
+    PretrainSet,
+    build_loader,
+    collate,
+    grey_out,
+    open_sources,
+    pixel_mask,
+    save_picture,
+    to_float,
+)
+from losses import (
+    LOSSES,
+    feature_loss,
+    lsgan_d_loss,
+    lsgan_g_loss,
+    masked_mse,
+    ms_ssim_l1,
+    patch_statistics,
+    patchify,
+    psnr,
+    ssim,
+    style_loss,
+)
+from model import (
+    DISCRIMINATOR_WIDTHS,
+    MAE_SIZES,
+    build_discriminator,
+    build_mae,
+    imagenet_denormalize,
+    imagenet_normalize,
+    unpatchify,
+)
+
+# `--demo`: sizes that show learning within minutes on two CPU cores.
+DEMO = dict(
+    loss="ls_gan_p",
+    model="tiny",
+    data="shapes",
+    image_size=64,
+    patch_size=8,
+    limit_images=8192,
+    batch_size=64,
+    lr=1e-3,
+    epochs=8,
+    warmup_epochs=1,
+    picture_every=2,
+    workers=1,
+    out="runs/demo",
+    resume=["off"],
+)
+# A checkpoint continues only under the same values of these.
+ARGUMENTS_THAT_MUST_FIT = (
+    "loss",
+    "model",
+    "image_size",
+    "patch_size",
+    "norm_pix_loss",
+    "d_channels",
+    "d_max",
+)
+MAX_NONFINITE = 10  # non-finite losses in a row before the run stops
+
+
+# ---- Processes and precision ---------------------------------------------------------------------
+
+
+def fail(message):
+    """End with one clear line on standard error, exit status 2; one line a node under torchrun."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def is_main():
+    """Is this the one process that writes?"""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(message, file=None):
+    """Print a line above the progress bar, from one process of all; file: None = stdout."""
+    if is_main():
+        tqdm.write(message, file)
+
+
+def start_processes():
+    """Join the process group that torchrun's environment describes -> (device, rank, world size).
+
+    Without those variables: one process, on the GPU if there is one.
+    """
+    rank, world, local = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            fail(f"{torch.cuda.device_count()} GPUs here: lower --nproc_per_node to that")
+        device = torch.device("cuda", local)
+        architectures = torch.cuda.get_arch_list()
+        if not gpu_is_supported(torch.cuda.get_device_capability(device), architectures):
+            fail(
+                f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)}"
+                f" (it has {', '.join(architectures)}); see 'V100' in README.md, Install"
+            )
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # sizes never change: let cuDNN choose by trying
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, rank, world
+
+
+def gpu_is_supported(capability, architectures):
+    """Can a torch built for `architectures` ("sm_80", "compute_90") run on a (major, minor) GPU?
+
+    Machine code (sm) runs on later minors of its major; PTX (compute) on anything later.
+    """
+    for name in architectures:
+        kind, _, number = name.partition("_")
+        number = int("".join(c for c in number if c.isdigit()))  # "90a" -> 90
+        built = (number // 10, number % 10)
+        if kind == "sm" and built[0] == capability[0] and built[1] <= capability[1]:
+            return True
+        if kind == "compute" and built <= tuple(capability):
+            return True
+    return False
+
+
+def choose_precision(amp, device):
+    """`--amp` -> autocast dtype, None = float32. auto: bf16 or else fp16 on a GPU, off on CPU."""
+    if amp == "fp16" and device.type == "cpu":
+        fail("--amp fp16 needs a GPU; use --amp off here")
+    if amp == "off" or (amp == "auto" and device.type == "cpu"):
+        return None
+    if amp == "auto":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}[amp]
+
+
+def autocast(run):
+    """Autocast context of a run (see `build_run`)."""
+    return torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype is not None)
+
+
+def across_processes(values, device):
+    """Sum each number of a dict over all processes, in one collective and one GPU sync.
+
+    values: {name: scalar tensor or number}. Returns {name: float}, the same on every process.
+    """
+    vector = torch.stack(
+        [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values.values()]
+    )
+    if dist.is_initialized():
+        dist.all_reduce(vector)
+    return dict(zip(values, vector.tolist(), strict=True))
+
+
+def catch_stop_signals():
+    """Turn the first SIGTERM or SIGINT into a note, so that the loop can save and then exit.
+
+    Returns a dict whose "signal" becomes the signal's number; a second signal ends at once.
+    """
+    stop = {"signal": 0}
+
+    def note(number, frame):
+        stop["signal"] = number
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return stop
+
+
+# ---- Networks and optimisers ---------------------------------------------------------------------
+
+
+def build_run(args, device):
+    """What trains: G and D with an optimiser and a gradient scaler each, device and precision.
+
+    -> namespace of device, dtype (autocast's, None = float32), mae, opt_g, scaler_g, disc, opt_d,
+    scaler_d; the last three are None for rows without an adversary.
+    """
+    dtype = choose_precision(args.amp, device)
+
+    def scaler():  # passes losses through unless precision is fp16
+        return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    torch.manual_seed(args.seed)  # the same initial weights on every process
+    try:
+        mae = build_mae(args.model, args.image_size, args.patch_size).to(device)
+    except ValueError as error:  # sizes that do not fit each other
+        fail(str(error))
+    groups = parameter_groups(mae, args.weight_decay)
+    opt_g = torch.optim.AdamW(groups, betas=tuple(args.betas), fused=True)
+    run = SimpleNamespace(
+        device=device, dtype=dtype, mae=wrap(mae, device), opt_g=opt_g, scaler_g=scaler(),
+        disc=None, opt_d=None, scaler_d=None,
+    )  # fmt: skip
+    if LOSSES[args.loss]["adversary"]:
+        disc = build_discriminator(args.image_size, args.d_channels, args.d_max).to(device)
+        run.disc, run.scaler_d = wrap(disc, device), scaler()
+        # PAPER SILENT: D's optimiser. Adam with GAN betas and no decay (the authors' code: G's).
+        run.opt_d = torch.optim.Adam(disc.parameters(), betas=tuple(args.d_betas), fused=True)
+    return run
+
+
+def parameter_groups(module, weight_decay):
+    """AdamW groups: matrices decay; norms, biases and tokens (one-dimensional) do not."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.squeeze().ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.squeeze().ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def wrap(module, device):
+    """DistributedDataParallel when there are several processes. No buffer ever changes here."""
+    if not dist.is_initialized():
+        return module
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(
+        module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def unwrap(module):
+    """The network inside a DistributedDataParallel, or the network itself."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def learning_rate(position, warmup, total, peak):
+    """Linear warm-up, then cosine to 0. position, warmup, total: in steps. PAPER: sec. 4."""
+    if position < warmup:
+        return peak * (position + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (position - warmup) / max(1, total - warmup)))
+
+
+def set_learning_rates(run, progress, steps_per_epoch, args):
+    """Put both optimisers where the schedule has come to -> G's learning rate."""
+    position = (progress["epoch"] - 1) * steps_per_epoch + progress["epoch_step"]
+    schedule = (position, args.warmup_epochs * steps_per_epoch, args.epochs * steps_per_epoch)
+    for optimizer, peak in ((run.opt_g, args.lr), (run.opt_d, args.d_lr)):
+        if optimizer is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(*schedule, peak)
+    return run.opt_g.param_groups[0]["lr"]
+
+
+# ---- The training step ---------------------------------------------------------------------------
+
+
+def pixel_loss(recipe, reconstruction, images, mask, args):
+    """The pixel term of a LOSSES row: scalar, before its weight."""
+    if recipe["pixel"] == "mse":
+        return masked_mse(reconstruction, images, mask, args.patch_size, args.norm_pix_loss)
+    if recipe["pixel"] == "ms_ssim_l1":
+        return ms_ssim_l1(reconstruction, images, alpha=args.alpha)
+    # PAPER: eq. 1, L1 of the full image (the authors' code: also). PAPER SILENT: its unit. Ours is
+    # the ImageNet-normalised pixel, what the MAE head predicts and `masked_mse` compares.
+    difference = imagenet_normalize(reconstruction) - imagenet_normalize(images)
+    return difference.abs().mean()
+
+
+def discriminator_terms(logits_fake, features_fake, features_real, features_active, args):
+    """What D tells G, each term with its weight: {name: scalar}. PAPER: the last two of eq. 6."""
+    terms = {"adversarial": args.adversarial_weight * lsgan_g_loss(logits_fake)}
+    if features_active:
+        terms["feature"] = args.delta_f * feature_loss(features_fake, features_real)
+        terms["style"] = args.delta_s * style_loss(features_fake, features_real)
+    return terms
+
+
+def backward(run, images, noise, features_active, share, args):
+    """Add the gradients of one batch to G's and D's parameters; updates nothing.
+
+    images: (B, 3, H, W) in [0, 1]. noise: (B, N), fixes the masks. features_active: is this an
+    epoch of eq. 3? share: this batch's part of the step, 1 / accum. Returns {name: detached
+    scalar}: each loss term as it enters the sum, and D's accuracies.
+
+    PAPER SILENT: the order of G's and D's updates. Both gradients are taken here at the same
+    weights, so that one forward pass of D serves its own loss, the adversarial term and phi of
+    eq. 3; both feature lists of a comparison then come from the same D.
+    """
+    recipe = LOSSES[args.loss]
+    with autocast(run):
+        reconstructions, mask = run.mae(images, args.mask_ratio, noise)
+    pixel = args.pixel_weight * pixel_loss(recipe, reconstructions[0], images, mask, args)
+    if run.disc is None:
+        run.scaler_g.scale(pixel * share).backward()
+        return {"pixel": pixel.detach()}
+
+    # D sees the reconstructions as leaves: its loss cannot reach G, and what G should change is
+    # read off at the images.
+    fakes = [r.detach().requires_grad_() for r in reconstructions]
+    with autocast(run):
+        logits_real, features_real = run.disc([images])
+        logits_fake, features_fake = run.disc(fakes)
+
+    # G: from each term through D to the images (D's parameters get nothing), then through the MAE.
+    terms = discriminator_terms(logits_fake, features_fake, features_real, features_active, args)
+    objective = run.scaler_g.scale(sum(terms.values()) * share)
+    at_images = torch.autograd.grad(objective, fakes, retain_graph=True)
+    scaled_pixel = run.scaler_g.scale(pixel * share)
+    torch.autograd.backward([scaled_pixel, *reconstructions], [None, *at_images])
+
+    # D: from its own loss to its parameters.
+    loss_d = lsgan_d_loss(logits_real, logits_fake)
+    run.scaler_d.scale(loss_d * share).backward()
+
+    report = {"pixel": pixel, **terms, "discriminator": loss_d}
+    report["d_accuracy_real"] = (logits_real > 0.5).float().mean()
+    report["d_accuracy_fake"] = (logits_fake < 0.5).float().mean()
+    return {name: value.detach() for name, value in report.items()}
+
+
+def accumulate(run, batches, features_active, args):
+    """`backward` over the batches of one step -> {name: mean of the term over them}."""
+    totals = {}
+    for number, (images, noise, *_) in enumerate(batches, start=1):
+        images = to_float(images.to(run.device, non_blocking=True))
+        noise = noise.to(run.device, non_blocking=True)
+        with ExitStack() as stack:
+            if dist.is_initialized() and number < len(batches):
+                for network in filter(None, (run.mae, run.disc)):
+                    stack.enter_context(network.no_sync())  # processes exchange with the last one
+            terms = backward(run, images, noise, features_active, 1 / len(batches), args)
+        for name, value in terms.items():
+            totals[name] = totals.get(name, 0) + value / len(batches)
+    return totals
+
+
+def update(run, apply):
+    """Step both optimisers if `apply`, then clear the gradients. Scalers skip fp16 overflows."""
+    for optimizer, scaler in ((run.opt_g, run.scaler_g), (run.opt_d, run.scaler_d)):
+        if optimizer is None:
+            continue
+        if apply:
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+
+def new_progress():
+    """Where a run stands: all that a checkpoint holds beside networks, optimisers and arguments."""
+    return {
+        "epoch": 1,  # the epoch that is running
+        "epoch_step": 0,  # steps done of it
+        "step": 0,  # steps done since the start
+        "sums": {},  # of each term over this epoch's counted steps
+        "counted": 0,  # steps in `sums`; non-finite ones are not
+        "seconds": 0.0,  # spent training in this epoch
+        "bad_images": [],  # unreadable ones, distinct, over all processes
+    }
+
+
+def stateful(run):
+    """The parts of a run with a state_dict, by their names in a checkpoint."""
+    parts = {name: getattr(run, name) for name in ("mae", "disc", "opt_g", "opt_d")}
+    parts |= {name: getattr(run, name) for name in ("scaler_g", "scaler_d")}
+    return {
+        name: unwrap(part) if isinstance(part, torch.nn.Module) else part
+        for name, part in parts.items()
+        if part is not None
+    }
+
+
+def save_checkpoint(path, run, progress, args):
+    """Write everything needed to continue. A kill at any instant leaves the last good file."""
+    if not is_main():
+        return
+    for name in ("mae", "disc"):
+        network = getattr(run, name)
+        if network is not None and not all(p.isfinite().all() for p in network.parameters()):
+            fail(f"{name} has non-finite weights; {path} keeps the last good ones: lower --lr")
+    checkpoint = {name: part.state_dict() for name, part in stateful(run).items()}
+    checkpoint |= {"progress": progress, "arguments": vars(args), "rng": torch.get_rng_state()}
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror}; the last good checkpoint is untouched")
+
+
+def read_checkpoint(path):
+    """Load a checkpoint file on the CPU, as data only: nothing in it is executed."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of foreign pickles: refused just below
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"checkpoint {path} does not exist")
+    except Exception as error:  # anything else can be in the file
+        fail(f"{path} is not a checkpoint of train.py ({type(error).__name__})")
+    if not isinstance(checkpoint, dict) or not {"mae", "arguments", "progress"} <= set(checkpoint):
+        fail(f"{path} is not a checkpoint of train.py (it lacks mae, arguments or progress)")
+    return checkpoint
+
+
+def resume(args, run, path):
+    """Continue from a checkpoint if `--resume` says so and there is one -> progress."""
+    if args.resume == ["off"] or (args.resume == ["auto"] and not path.exists()):
+        return new_progress()
+    if len(args.resume) > 1:
+        fail("training continues one checkpoint; give --resume one path")
+    path = path if args.resume == ["auto"] else Path(args.resume[0])
+    checkpoint = read_checkpoint(path)
+    then, now = checkpoint["arguments"], vars(args)
+    differ = [k for k in ARGUMENTS_THAT_MUST_FIT if then.get(k) != now[k]]
+    if differ:
+        listed = ", ".join(f"--{k.replace('_', '-')} {then.get(k)} (now {now[k]})" for k in differ)
+        fail(f"{path} was trained with {listed}; give the same, or another --out, or --resume off")
+    for name, part in stateful(run).items():
+        if checkpoint[name]:  # a disabled scaler's state is empty
+            part.load_state_dict(checkpoint[name])
+    torch.set_rng_state(checkpoint["rng"])
+    return checkpoint["progress"]
+
+
+def start_output(out, epoch):
+    """Make the folders; keep the log's lines of the epochs before `epoch`, the rest is redone."""
+    try:
+        (out / "pictures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write to --out {out}: {error.strerror}")
+    log = out / "log.jsonl"
+    rows = log.read_text().splitlines() if log.exists() else []
+    log.write_text("".join(row + "\n" for row in rows if json.loads(row)["epoch"] < epoch))
+
+
+def progress_bar(sampler, args):
+    """tqdm bar of one epoch, counting images; on the main process, and on a terminal alone."""
+    return tqdm(
+        desc=f"epoch {sampler.epoch}/{args.epochs}",
+        initial=sampler.start * images_per_step(args),
+        total=sampler.steps * images_per_step(args),
+        unit="images",
+        dynamic_ncols=True,
+        disable=None if is_main() else True,
+    )
+
+
+def features_active(args, epoch):
+    """Are the terms on D's features on? PAPER: sec. 4, "only on even numbered epochs"; from 1."""
+    return LOSSES[args.loss]["features"] == "disc" and epoch % args.feature_every == 0
+
+
+# ---- Validation and pictures ---------------------------------------------------------------------
+
+
+def fixed_batch(dataset, rank, world):
+    """This process's part of a validation set -> (images (n, 3, S, S) uint8, noise (n, N))."""
+    samples = [dataset[0, i] for i in range(rank, len(dataset), world)]
+    images, noise, _, bad = collate(samples)
+    for index, reason in bad:
+        tqdm.write(f"unreadable, replaced: {dataset.name(index)} ({reason})", file=sys.stderr)
+    return images, noise
+
+
+@torch.no_grad()
+def reconstruct(run, images, noise, args):
+    """-> (reconstruction (B, 3, H, W), pixel mask (B, 1, H, W) with 1 = hidden).
+
+    Under --norm-pix-loss the network predicts patches without their mean and contrast; both are
+    put back from the true image, so what is shown and measured is not a prediction of them.
+    """
+    with autocast(run):
+        reconstructions, mask = unwrap(run.mae)(images, args.mask_ratio, noise)
+    reconstruction = reconstructions[0]
+    if args.norm_pix_loss:
+        mean, std = patch_statistics(patchify(imagenet_normalize(images), args.patch_size))
+        patches = patchify(imagenet_normalize(reconstruction), args.patch_size) * std + mean
+        reconstruction = imagenet_denormalize(unpatchify(patches, args.patch_size))
+    return reconstruction, pixel_mask(mask, args.image_size)
+
+
+@torch.no_grad()
+def validate(run, images, noise, args):
+    """Quality of the hidden patches over all processes' fixed images -> {name: float}.
+
+    psnr (dB) of the hidden pixels; ssim of the windows centred on them, the reconstruction pasted
+    into the visible patches; psnr_mean_fill: what filling the hidden patches with the mean colour
+    of the visible ones would give. Each is a mean over images.
+    """
+    sums = {"psnr": 0, "ssim": 0, "psnr_mean_fill": 0, "images": len(images)}
+    for start in range(0, len(images), args.batch_size):
+        batch = slice(start, start + args.batch_size)
+        real = to_float(images[batch].to(run.device))
+        fake, hidden = reconstruct(run, real, noise[batch].to(run.device), args)
+        visible_mean = (real * (1 - hidden)).sum((2, 3)) / (1 - hidden).sum((2, 3))
+        fill = visible_mean[:, :, None, None].expand_as(real)
+        pasted = torch.where(hidden > 0, fake.clamp(0, 1), real)
+        sums["psnr"] += psnr(pasted, real, hidden).sum()
+        sums["ssim"] += ssim(pasted, real, hidden).sum()
+        sums["psnr_mean_fill"] += psnr(fill, real, hidden).sum()
+    sums = across_processes(sums, run.device)
+    count = sums.pop("images")
+    return {name: value / count for name, value in sums.items()}
+
+
+def draw_reconstructions(path, run, images, noise, args):
+    """Write the epoch's picture: fixed validation images, fixed masks, one row an image."""
+    real = to_float(images.to(run.device))
+    fake, hidden = reconstruct(run, real, noise.to(run.device), args)
+    columns = {
+        "original": real,
+        "masked": grey_out(real, hidden),
+        "reconstruction": fake,
+        "pasted": torch.where(hidden > 0, fake, real),
+    }
+    if args.norm_pix_loss:
+        columns["reconstruction, true contrast"] = columns.pop("reconstruction")
+    save_picture(path, columns)
+
+
+# ---- Benchmark -----------------------------------------------------------------------------------
+
+
+def benchmark(args, device, world):
+    """Time the training step on random images, feature terms active; print one JSON line."""
+    run = build_run(args, device)
+    generator = torch.Generator().manual_seed(args.seed)
+    size, B = args.image_size, args.batch_size
+    images = torch.randint(0, 256, (B, 3, size, size), generator=generator, dtype=torch.uint8)
+    noise = torch.rand(B, unwrap(run.mae).side ** 2, generator=generator)
+    set_learning_rates(run, new_progress(), 1, args)
+    seconds = []
+    for number in range(2 + args.benchmark):  # two steps to warm up
+        began = time.perf_counter()
+        accumulate(run, [(images, noise)] * args.accum, True, args)
+        update(run, apply=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if number >= 2:
+            seconds.append(time.perf_counter() - began)
+    median = sorted(seconds)[len(seconds) // 2]
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    counts = [sum(p.numel() for p in net.parameters()) for net in (run.mae, run.disc) if net]
+    row = {
+        "loss": args.loss,
+        "model": args.model,
+        "image_size": size,
+        "batch_size": B * args.accum * world,
+        "device": device.type,
+        "amp": str(run.dtype or torch.float32).removeprefix("torch."),
+        "seconds_per_step": round(median, 4),
+        "images_per_second": round(B * args.accum * world / median, 2),
+        "peak_memory_mib": round(peak / 2**20),
+        "parameters_g": counts[0],
+        "parameters_d": counts[1] if run.disc else 0,
+    }
+    print(json.dumps(row))
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+
+def at_least(low, kind=int):
+    """argparse type: a number that is `low` or more."""
+
+    def parse(text):
+        value = kind(text)
+        if not value >= low:  # also refuses nan
+            raise argparse.ArgumentTypeError(f"{text} is below {low}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names the type in its messages
+    return parse
+
+
+def build_parser():
+    """Every flag of train.py; `--help` is the manual. Paper values are the defaults."""
+    parser = argparse.ArgumentParser(
+        description="Pre-train a (Perceptual) masked autoencoder.",
+        usage="train.py [--demo] [--loss ROW] [--data PATH|shapes|cifar10] [flags; see --help]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    flag, positive = argparse.BooleanOptionalAction, at_least(1e-12, float)
+
+    g = parser.add_argument_group("what to train")
+    g.add_argument("--demo", action="store_true", help="small preset on `shapes`, 4 minutes on CPU")
+    g.add_argument("--loss", choices=LOSSES, default="mse", help="row of the paper's tables")
+    g.add_argument("--model", choices=MAE_SIZES, default="base", help="paper: base, large")
+    g.add_argument("--image-size", type=at_least(8), default=224, help="side in pixels")
+    g.add_argument("--patch-size", type=at_least(2), default=16, help="pixels, a power of two")
+    g.add_argument("--mask-ratio", type=positive, default=0.75, help="hidden part of the patches")
+    g.add_argument(
+        "--norm-pix-loss", action=flag, default=False, help="normalise each target patch; mse only"
+    )
+
+    g = parser.add_argument_group("data")
+    g.add_argument("--data", default="data/imagenet", help="folder of images, shapes, or cifar10")
+    g.add_argument("--limit-images", type=at_least(1), help="train on so many, a seeded choice")
+    g.add_argument("--val-images", type=at_least(1), default=256, help="held out for PSNR and SSIM")
+    g.add_argument("--crop-min", type=positive, default=0.2, help="smallest crop, part of the area")
+    g.add_argument("--flip", action=flag, default=True, help="mirror half of the images")
+    g.add_argument("--jitter", type=at_least(0, float), default=0.4, help="colour jitter; 0 = none")
+    g.add_argument(
+        "--workers", type=at_least(0), default=min(8, os.cpu_count()), help="loaders a process"
+    )
+
+    g = parser.add_argument_group("weights of the loss terms (eq. 2, 3 and 6)")
+    g.add_argument("--pixel-weight", type=at_least(0, float), default=1.0, help="of the pixel term")
+    g.add_argument("--alpha", type=at_least(0, float), default=0.85, help="SSIM against L1, eq. 2")
+    g.add_argument("--delta-f", type=at_least(0, float), default=0.05, help="feature term, eq. 3")
+    g.add_argument("--delta-s", type=at_least(0, float), default=40.0, help="style term, eq. 3")
+    g.add_argument(
+        "--adversarial-weight", type=at_least(0, float), default=1.0, help="of eq. 5 in eq. 6"
+    )
+    g.add_argument(
+        "--feature-every",
+        type=at_least(1),
+        default=2,
+        help="terms on D's features are active in epochs divisible by this (epochs count from 1); "
+        "paper: even epochs, 1 = always",
+    )
+
+    g = parser.add_argument_group("optimisation of G")
+    g.add_argument("--epochs", type=at_least(1), default=300, help="paper: 300 (base)")
+    g.add_argument(
+        "--warmup-epochs", type=at_least(0, float), help="None = 40/300 of the epochs, as the paper"
+    )
+    g.add_argument("--batch-size", type=at_least(1), default=32, help="images a process and pass")
+    g.add_argument("--accum", type=at_least(1), default=1, help="passes a step")
+    g.add_argument(
+        "--blr", type=positive, default=1.5e-4, help="learning rate for 256 images a step; scales"
+    )
+    g.add_argument("--lr", type=positive, help="learning rate as it is, instead of --blr")
+    g.add_argument("--betas", type=at_least(0, float), nargs=2, default=[0.9, 0.95], help="AdamW")
+    g.add_argument("--weight-decay", type=at_least(0, float), default=0.05, help="of matrices")
+
+    g = parser.add_argument_group("discriminator D")
+    g.add_argument("--d-channels", type=at_least(1), help="at the finest scale; None = by --model")
+    g.add_argument("--d-max", type=at_least(1), help="most channels; None = by --model")
+    g.add_argument("--d-lr", type=positive, default=2e-4, help="learning rate of D, not scaled")
+    g.add_argument("--d-betas", type=at_least(0, float), nargs=2, default=[0.5, 0.99], help="Adam")
+
+    g = parser.add_argument_group("the run")
+    g.add_argument(
+        "--amp", choices=["auto", "off", "fp16", "bf16"], default="auto", help="autocast"
+    )
+    g.add_argument("--seed", type=at_least(0), default=0, help="of weights, data and masks")
+    g.add_argument("--out", help="folder for everything written; None = runs/LOSS")
+    g.add_argument(
+        "--resume",
+        nargs="+",
+        default=["auto"],
+        metavar="auto|off|PATH",
+        help="auto: continue OUT/checkpoint.pt if there is one; off: start anew",
+    )
+    g.add_argument("--save-every", type=at_least(1), default=1, help="epochs between checkpoints")
+    g.add_argument("--save-steps", type=at_least(1), help="steps between checkpoints, in addition")
+    g.add_argument("--picture-every", type=at_least(1), default=10, help="epochs between pictures")
+    g.add_argument("--steps", type=at_least(1), help="stop after so many steps; the schedule stays")
+    g.add_argument(
+        "--benchmark", type=at_least(1), metavar="STEPS", help="time so many steps; no training"
+    )
+    return parser
+
+
+def parse_args(argv=None):
+    """Command line -> namespace with every default filled in. Ends with status 2 on a conflict."""
+    parser = build_parser()
+    if parser.parse_known_args(argv)[0].demo:
+        parser.set_defaults(**DEMO)  # flags that are given still win
+    args = parser.parse_args(argv)
+    channels, most = DISCRIMINATOR_WIDTHS[args.model]
+    args.d_channels, args.d_max = args.d_channels or channels, args.d_max or most
+    if args.warmup_epochs is None:
+        args.warmup_epochs = args.epochs * 40 / 300
+    args.lr = args.lr or args.blr * images_per_step(args) / 256
+    args.out = args.out or f"runs/{args.loss}"
+    if args.norm_pix_loss and LOSSES[args.loss]["pixel"] != "mse":
+        fail(f"--norm-pix-loss is for --loss mse: {args.loss} compares whole images")
+    if args.loss == "ms_ssim" and args.image_size < 24:
+        fail(f"--image-size {args.image_size} has no 4 scales for MS-SSIM; use 24 or more")
+    if LOSSES[args.loss]["adversary"] and args.image_size < 16:
+        fail(f"--image-size {args.image_size} is too small for a discriminator; use 16 or more")
+    patches = (args.image_size // args.patch_size) ** 2
+    if not 1 <= int(patches * (1 - args.mask_ratio)) < patches:
+        fail(f"--mask-ratio {args.mask_ratio} of {patches} patches hides all of them or none")
+    if max(*args.betas, *args.d_betas) >= 1:
+        fail("--betas and --d-betas must be below 1")
+    return args
+
+
+def images_per_step(args):
+    """Images of one optimiser step, over all processes."""
+    return args.batch_size * args.accum * int(os.environ.get("WORLD_SIZE", 1))
+
+
+# ---- Around the training loop --------------------------------------------------------------------
+
+
+def build_data(args):
+    """-> (training, validation) `PretrainSet`; one line and status 2 if that cannot be."""
+    if args.data == "data/imagenet" and not Path(args.data).exists():
+        fail("data/imagenet does not exist: put ImageNet there, or give --data PATH, "
+             "--data shapes (drawn on the fly), or --demo")  # fmt: skip
+    try:
+        train_source, val_source = open_sources(
+            args.data, image_size=args.image_size, seed=args.seed
+        )
+    except (ValueError, OSError, RuntimeError) as error:  # what is wrong with it, and the remedy
+        fail(str(error))
+    common = dict(
+        image_size=args.image_size,
+        num_patches=(args.image_size // args.patch_size) ** 2,
+        seed=args.seed,
+    )
+    train_set = PretrainSet(
+        train_source,
+        crop_min=args.crop_min,
+        flip=args.flip,
+        jitter=args.jitter,
+        limit=args.limit_images,
+        **common,
+    )
+    if len(train_set) < images_per_step(args):
+        fail(f"{len(train_set)} training images are fewer than the {images_per_step(args)} of one "
+             "step; lower --batch-size")  # fmt: skip
+    return train_set, PretrainSet(val_source, augment=False, limit=args.val_images, **common)
+
+
+def agree(run, terms, batches, signalled, progress, dataset):
+    """Share what the processes saw in a step, so that all of them act alike.
+
+    terms: {name: scalar} of this process. Returns ({name: mean over processes}, has any process
+    been told to stop). Names each unreadable image once; ends the run if there are too many.
+    """
+    bad = {index: reason for *_, found in batches for index, reason in found}
+    bad = {index: reason for index, reason in bad.items() if index not in progress["bad_images"]}
+    report = across_processes({"stop": signalled, "bad": len(bad), **terms}, run.device)
+    stopping, any_bad = report.pop("stop") > 0, report.pop("bad") > 0
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if any_bad:
+        everyone = [bad]
+        if world > 1:
+            everyone = [None] * world
+            dist.all_gather_object(everyone, bad)
+        for index, reason in {k: v for part in everyone for k, v in part.items()}.items():
+            progress["bad_images"].append(index)
+            say(f"unreadable, replaced: {dataset.name(index)} ({reason})", sys.stderr)
+        if len(progress["bad_images"]) > dataset.bad_limit():
+            fail(f"{len(progress['bad_images'])} images are unreadable, a run allows "
+                 f"{dataset.bad_limit()}; repair or remove them, then continue")  # fmt: skip
+    return {name: total / world for name, total in report.items()}, stopping
+
+
+def count_step(progress, report, seconds):
+    """Book one step: report is {name: float}, or {} if its loss was not finite."""
+    progress["step"] += 1
+    progress["epoch_step"] += 1
+    progress["seconds"] += seconds
+    progress["counted"] += bool(report)
+    for name, value in report.items():
+        progress["sums"][name] = progress["sums"].get(name, 0.0) + value
+
+
+def finish_epoch(run, progress, lr, val, args):
+    """Validate, draw, log, and move `progress` on to the next epoch. val: from `fixed_batch`."""
+    epoch, counted = progress["epoch"], max(1, progress["counted"])
+    row = {"epoch": epoch, "step": progress["step"], "lr": lr}
+    row["features_active"] = features_active(args, epoch)
+    row |= {name: total / counted for name, total in progress["sums"].items()}
+    row |= validate(run, *val, args)
+    row["images_per_second"] = progress["epoch_step"] * images_per_step(args) / progress["seconds"]
+    row |= {"seconds": progress["seconds"], "bad_images": len(progress["bad_images"])}
+    row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+    if is_main():
+        with open(Path(args.out) / "log.jsonl", "a") as log:
+            log.write(json.dumps(row) + "\n")
+        if epoch % args.picture_every == 0 or epoch == args.epochs:
+            picture = Path(args.out) / "pictures" / f"epoch_{epoch:04d}.png"
+            draw_reconstructions(picture, run, val[0][:8], val[1][:8], args)
+    say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    kept = {name: progress[name] for name in ("step", "bad_images")}
+    progress |= new_progress() | kept | {"epoch": epoch + 1}
+
+
+# ---- Main ----------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device, rank, world = start_processes()
+    if args.benchmark:
+        return benchmark(args, device, world)
+    run = build_run(args, device)
+    train_set, val_set = build_data(args)
+    out = Path(args.out)
+    progress = resume(args, run, out / "checkpoint.pt")
+    if progress["epoch"] > args.epochs:
+        return say(f"{out}/checkpoint.pt has all its {args.epochs} epochs; raise --epochs")
+    if is_main():
+        start_output(out, progress["epoch"])
+    sampler = EpochSampler(
+        len(train_set), global_batch=images_per_step(args), seed=args.seed, rank=rank, world=world
+    )
+    loader = build_loader(train_set, sampler, batch_size=args.batch_size, workers=args.workers)
+    val = fixed_batch(val_set, rank, world)
+    stop, nonfinite = catch_stop_signals(), 0
+
+    for epoch in range(progress["epoch"], args.epochs + 1):
+        sampler.epoch, sampler.start = epoch, progress["epoch_step"]
+        bar, passes, clock = progress_bar(sampler, args), iter(loader), time.perf_counter()
+        while batches := list(itertools.islice(passes, args.accum)):  # one step
+            lr = set_learning_rates(run, progress, sampler.steps, args)
+            terms = accumulate(run, batches, features_active(args, epoch), args)
+            report, stopping = agree(run, terms, batches, stop["signal"], progress, train_set)
+
+            finite = all(math.isfinite(value) for value in report.values())
+            update(run, apply=finite)
+            nonfinite = 0 if finite else nonfinite + 1
+            if not finite:
+                say(f"step {progress['step'] + 1}: loss is not finite {report}; update skipped")
+            if nonfinite == MAX_NONFINITE:
+                fail(f"{nonfinite} non-finite losses in a row; {out}/checkpoint.pt is untouched: "
+                     "lower --lr or --d-lr, or try --amp off")  # fmt: skip
+
+            clock, began = time.perf_counter(), clock
+            count_step(progress, report if finite else {}, clock - began)
+            bar.update(images_per_step(args))
+            bar.set_postfix({name: f"{value:.3g}" for name, value in report.items()})
+            stopping = stopping or progress["step"] == args.steps
+            epoch_done = progress["epoch_step"] == sampler.steps
+            due = args.save_steps and progress["step"] % args.save_steps == 0
+            if (stopping or due) and not epoch_done and not nonfinite:
+                save_checkpoint(out / "checkpoint.pt", run, progress, args)
+            if stopping:
+                break
+        bar.close()
+        if epoch_done:
+            finish_epoch(run, progress, lr, val, args)
+            if stopping or epoch % args.save_every == 0 or epoch == args.epochs:
+                save_checkpoint(out / "checkpoint.pt", run, progress, args)
+        if stopping:
+            say(f"stopped at step {progress['step']}; the same command continues from {out}")
+            break
+    else:
+        say(f"done: {out}/checkpoint.pt, {out}/log.jsonl, {out}/pictures/")
+        if args.demo:
+            say("next: your own images, python train.py --loss ls_gan_p --data PATH")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 128 + stop["signal"] if stop["signal"] else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except torch.OutOfMemoryError:
+        fail("the GPU's memory is full: lower --batch-size (and raise --accum as much)")
