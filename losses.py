@@ -126,8 +126,8 @@ def gram(features):
     """
     B, C, H, W = features.shape
     with torch.autocast(features.device.type, enabled=False):
-        flat = features.float().reshape(B, C, H * W)
-        return flat @ flat.transpose(1, 2) / (C * H * W)
+        flat = features.float().permute(0, 2, 3, 1).reshape(B, H * W, C)  # a view: channels last
+        return flat.transpose(1, 2) @ flat / (C * H * W)
 
 
 def feature_loss(features_fake, features_real):

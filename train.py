@@ -231,7 +231,8 @@ def build_run(args, device):
         disc=None, opt_d=None, scaler_d=None,
     )  # fmt: skip
     if LOSSES[args.loss]["adversary"]:
-        disc = build_discriminator(args.image_size, args.d_channels, args.d_max).to(device)
+        disc = build_discriminator(args.image_size, args.d_channels, args.d_max)
+        disc = disc.to(device, memory_format=torch.channels_last)  # convolutions: 10 % faster
         run.disc, run.scaler_d = wrap(disc, device), scaler()
         # PAPER SILENT: D's optimiser. Adam with GAN betas and no decay (the authors' code: G's).
         run.opt_d = torch.optim.Adam(disc.parameters(), betas=tuple(args.d_betas), fused=True)
