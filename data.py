@@ -57,7 +57,7 @@ def to_rgb(image):
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image).astype(np.float32)
-        top = 65535 if values.max() > 255 else 255
+        top = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255
         image = Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -66,7 +66,12 @@ def to_rgb(image):
 
 
 def upright_size(image):
-    """(width, height) that a PIL image has once turned by its EXIF orientation; decodes nothing."""
+    """(width, height) that a PIL image has once turned by its EXIF orientation.
+
+    Decodes nothing but TIFFs, whose size PIL turns by itself, at a moment of its own.
+    """
+    if image.format == "TIFF":
+        image.load()
     turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
     return image.size[::-1] if turned else image.size
 
@@ -437,7 +442,13 @@ def open_sources(data, *, image_size, seed):
     if data == "shapes":
         return Shapes("train", image_size), Shapes("val", image_size)
     if data == "cifar10":
-        return tuple(CIFAR10("data", train=train, download=True) for train in (True, False))
+        try:
+            return tuple(CIFAR10("data", train=train, download=True) for train in (True, False))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"CIFAR-10 could not be downloaded to data/ ({error}); put its folder "
+                "cifar-10-batches-py there, or give --data PATH or --data shapes"
+            ) from error
     root = Path(data)
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
@@ -563,10 +574,10 @@ class EpochSampler(Sampler):
             yield self.epoch, index
 
 
-def ignore_interrupt(worker):
-    """Ctrl-C reaches every process of a terminal; the main one decides what it means."""
+def ignore_signals(worker):
+    """Ctrl-C, torchrun and batch systems signal a whole process group; the main process decides."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def build_loader(dataset, sampler, *, batch_size, workers):
@@ -580,7 +591,7 @@ def build_loader(dataset, sampler, *, batch_size, workers):
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=ignore_signals,
     )
 
 

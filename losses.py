@@ -143,8 +143,8 @@ def style_loss(features_fake, features_real):
     """Second sum of eq. 3: sum over layers of the mean |Psi(phi^j(G(I_m))) - Psi(phi^j(I))|.
 
     PAPER SILENT: N_j, "the number of elements in each layer", is here the number of elements of
-    what is compared, C_j^2 for a Gram matrix. With it the two weighted terms are of one order at
-    the start of training; dividing by C_j H_j W_j alone makes style hundreds of times larger.
+    what is compared, C_j^2 for a Gram matrix. Taking C_j H_j W_j for it would weigh layer j by
+    C_j / (H_j W_j) more: at 224 px from .005 in the first layer to 10 in the last.
     """
     pairs = zip(features_fake, features_real, strict=True)
     return sum(F.l1_loss(gram(fake), gram(real.detach())) for fake, real in pairs)

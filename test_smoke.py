@@ -64,7 +64,7 @@ def command(*flags):
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         try:
-            status = train.main([str(f) for f in flags])
+            status = train.main([str(f) for f in flags]) or 0
         except SystemExit as exit:
             status = exit.code
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
@@ -469,6 +469,9 @@ def test_learning_rate_follows_the_schedule():
     # cosine from the peak at 4 over its half at 8 to nothing at 12
     close([rate[4], rate[8], rate[12]], torch.tensor([2.0, 1.0, 0.0]), 1e-6)
     close(rate[6], 1 + math.cos(math.pi / 4), 1e-6)
+    # A warm-up of 2.5 steps never passes the peak: 1 / 2.5, 2 / 2.5, 1.
+    short = [train.learning_rate(p, warmup=2.5, total=10, peak=1.0) for p in range(3)]
+    close(short, torch.tensor([0.4, 0.8, 1.0]), 1e-6)
     # PAPER: batch 32 on 8 GPUs and 40 of 300 warm-up epochs give 1.5e-4
     args = train.parse_args(["--batch-size", "256"])
     assert math.isclose(args.lr, 1.5e-4) and args.warmup_epochs == 40
@@ -576,6 +579,8 @@ def test_every_kind_of_file_reads_as_upright_rgb():
         assert (read("grey.png", grey) == 100).all()
         deep = Image.fromarray(np.full((4, 4), 100 * 257, np.uint16))  # 16 bits: 257 = 65535 / 255
         assert (read("deep.png", deep) == 100).all()
+        dark = Image.fromarray(np.full((4, 4), 200, np.uint16))  # nearly black: 200 / 257 < 1
+        assert (read("dark.png", dark) == 1).all()
         palette = Image.new("RGB", (4, 4), (10, 200, 30)).quantize(4)
         assert np.abs(read("palette.png", palette)[0, 0] - [10, 200, 30]).max() <= 2
         half = Image.new("RGBA", (4, 4), (255, 0, 0, 0))  # red, but fully transparent: white
@@ -587,8 +592,14 @@ def test_every_kind_of_file_reads_as_upright_rgb():
         stored[:, 0] = 255
         exif = Image.Exif()
         exif[data.EXIF_ORIENTATION] = 6
-        turned = read("turned.png", Image.fromarray(stored), exif=exif)
-        assert turned.shape == (8, 4, 3) and (turned[0] == 255).all() and (turned[1:] == 0).all()
+        for name in ("turned.png", "turned.tif"):
+            turned = read(name, Image.fromarray(stored), exif=exif)
+            assert turned.shape == (8, 4, 3), name
+            assert (turned[0] == 255).all() and (turned[1:] == 0).all(), name
+            opened = Image.open(Path(folder) / name)
+            assert data.upright_size(opened) == (4, 8), name
+            crop = np.asarray(data.resized_crop(opened, (0, 0, 4, 4), 4))  # the upper half
+            assert (crop[0] == 255).all() and (crop[2:] == 0).all(), name
 
 
 def test_crops_are_upright_and_large_jpegs_decode_at_a_reduced_scale():
@@ -670,6 +681,8 @@ def test_bad_input_ends_in_one_line_with_status_2():
         refused(*fast, "--data", root / "few", names=["6 images", "hold out"])
         refused(*fast, "--patch-size", 6, names=["patch size 6", "power of two"])
         refused(*fast, "--image-size", 44, names=["image size 44", "patch size 8"])
+        refused(*fast, "--patch-size", 64, names=["image size 32", "patch size 64"])
+        refused(*fast, "--crop-min", 1.5, names=["--crop-min 1.5"])
         refused(*fast, "--loss", "ls_gan", "--norm-pix-loss", names=["--norm-pix-loss", "mse"])
         refused(*fast, "--loss", "ms_ssim", "--image-size", 16, names=["--image-size 16", "24"])
         refused(*fast, "--limit-images", 3, names=["3 training images", "--batch-size"])
@@ -771,6 +784,48 @@ def test_every_row_stopped_in_mid_epoch_continues_bit_for_bit():
             same_weights(folder + "/once", folder + "/twice")
 
 
+def test_a_run_within_an_epoch_keeps_its_batch_and_steps_count_from_the_start():
+    with tempfile.TemporaryDirectory() as out:
+        flags = [*FAST, "--limit-images", 16, "--epochs", 2, "--out", out]
+        assert command(*flags, "--steps", 3)[0] == 0  # of 4
+        names = ["4 images a step (now 8)", "epoch's end"]
+        refused(*flags, "--batch-size", 8, names=names)
+        refused(*flags, "--limit-images", 12, names=["16 training images (now 12)"])
+        assert command(*flags, "--steps", 3)[0] == 0  # it has its 3 steps: nothing to do
+        kept = torch.load(Path(out) / "checkpoint.pt", weights_only=True)
+        assert kept["progress"]["step"] == 3
+        assert command(*flags, "--steps", 4, "--weight-decay", 0.1)[0] == 0  # to the epoch's end
+        assert command(*flags, "--batch-size", 8)[0] == 0  # a new epoch may have another batch
+        kept = torch.load(Path(out) / "checkpoint.pt", weights_only=True)
+        assert kept["progress"]["step"] == 4 + 2
+        assert kept["opt_g"]["param_groups"][0]["weight_decay"] == 0.05  # what the flags said last
+
+
+def test_more_processes_than_validation_images_and_unreadable_ones():
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(folder, count=20)
+        source = data.scan_folder(folder)
+        common = dict(image_size=32, num_patches=16, seed=0, augment=False, limit=3)
+        dataset = data.PretrainSet(source, **common)
+        parts = [train.fixed_batch(dataset, rank, 5) for rank in range(5)]
+        assert [len(p[0]) for p in parts] == [1, 1, 1, 0, 0]
+        Path(source.files[dataset.indices[1]]).write_text("not an image")
+        errors = io.StringIO()
+        with contextlib.redirect_stderr(errors):
+            images, _, unreadable = train.fixed_batch(dataset, 0, 1)
+        assert unreadable == 1 and errors.getvalue().count("replaced: ") == 1
+        assert torch.equal(images[1], images[2])  # the next image stands in
+        for i in (0, 2):
+            Path(source.files[dataset.indices[i]]).write_text("not an image")
+        with contextlib.redirect_stderr(errors):
+            try:
+                train.fixed_batch(dataset, 0, 1)
+            except SystemExit as exit:
+                assert exit.code == 2 and "3 of 3 images are unreadable" in errors.getvalue()
+            else:
+                raise AssertionError("black images were accepted")
+
+
 def test_nonfinite_losses_skip_updates_then_stop_with_the_checkpoint_untouched():
     real, calls = train.pixel_loss, []
 
@@ -833,6 +888,7 @@ def launch(*flags, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # a process group of its own, workers included
     )
 
 
@@ -845,7 +901,7 @@ def test_a_run_killed_in_mid_epoch_and_one_told_to_stop_end_like_one_never_stopp
         checkpoint = Path(folder) / "twice" / "checkpoint.pt"
         while not checkpoint.exists() and broken.poll() is None:
             time.sleep(0.01)
-        broken.send_signal(signal.SIGKILL)
+        os.killpg(broken.pid, signal.SIGKILL)
         broken.wait()
         killed_at = torch.load(checkpoint, weights_only=True)["progress"]
         assert killed_at["epoch_step"] % 20 != 0, killed_at  # in mid-epoch
@@ -855,7 +911,7 @@ def test_a_run_killed_in_mid_epoch_and_one_told_to_stop_end_like_one_never_stopp
         while torch.load(checkpoint, weights_only=True)["progress"]["step"] <= killed_at["step"]:
             assert again.poll() is None, again.stdout.read()
             time.sleep(0.05)
-        again.send_signal(signal.SIGTERM)
+        os.killpg(again.pid, signal.SIGTERM)  # to the loader's workers as well, as torchrun does
         assert again.wait() in (0, 128 + signal.SIGTERM), again.stdout.read()
         last = launch(*flags, "--out", folder + "/twice")
         assert last.wait() == 0, last.stdout.read()
@@ -874,7 +930,7 @@ def gloo_gradients(folder):
         images, noise = tiny_batch(8)
         pixels, noise = (images * 255).byte()[rank::2], noise[rank::2]
         batches = [(pixels[:2], noise[:2]), (pixels[2:], noise[2:])]  # accumulated, too
-        train.accumulate(run, batches, True, args)
+        train.accumulate(run, batches, losses.LOSSES[loss]["features"] is not None, args)
         results[loss] = [gradients(n) for n in (run.mae, run.disc) if n is not None]
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -896,7 +952,8 @@ def test_two_processes_give_the_gradients_of_one_for_every_row():
     for loss in losses.LOSSES:
         run, args = tiny_run("--loss", loss)
         images, noise = tiny_batch(8)
-        train.accumulate(run, [((images * 255).byte(), noise)], True, args)
+        active = losses.LOSSES[loss]["features"] is not None
+        train.accumulate(run, [((images * 255).byte(), noise)], active, args)
         whole = [gradients(n) for n in (run.mae, run.disc) if n is not None]
         for expected, first, second in zip(whole, halves[0][loss], halves[1][loss], strict=True):
             assert torch.equal(first, second), loss  # the processes agree

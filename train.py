@@ -20,6 +20,7 @@ import math
 import os
 import resource
 import signal
+import statistics
 import sys
 import time
 import warnings
@@ -92,6 +93,7 @@ ARGUMENTS_THAT_MUST_FIT = (
     "norm_pix_loss",
     "d_channels",
     "d_max",
+    "seed",
 )
 MAX_NONFINITE = 10  # non-finite losses in a row before the run stops
 
@@ -99,9 +101,12 @@ MAX_NONFINITE = 10  # non-finite losses in a row before the run stops
 # ---- Processes and precision ---------------------------------------------------------------------
 
 
-def fail(message):
-    """End with one clear line on standard error, exit status 2; one line a node under torchrun."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+def fail(message, everywhere=False):
+    """End with one clear line on standard error, exit status 2.
+
+    Under torchrun one process a node prints it; with everywhere=True any that comes here.
+    """
+    if everywhere or int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -109,6 +114,11 @@ def fail(message):
 def is_main():
     """Is this the one process that writes?"""
     return int(os.environ.get("RANK", 0)) == 0
+
+
+def world_size():
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def say(message, file=None):
@@ -128,8 +138,9 @@ def start_processes():
     )
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            fail(f"{torch.cuda.device_count()} GPUs here: lower --nproc_per_node to that")
+        count, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if wanted > count:
+            fail(f"{wanted} processes for {count} GPUs: lower --nproc_per_node to {count}")
         device = torch.device("cuda", local)
         architectures = torch.cuda.get_arch_list()
         if not gpu_is_supported(torch.cuda.get_device_capability(device), architectures):
@@ -253,9 +264,12 @@ def wrap(module, device):
     if not dist.is_initialized():
         return module
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(
-        module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        # Newer torch renames broadcast_buffers; the old name serves all versions we support.
+        return DistributedDataParallel(
+            module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
 
 def unwrap(module):
@@ -266,7 +280,7 @@ def unwrap(module):
 def learning_rate(position, warmup, total, peak):
     """Linear warm-up, then cosine to 0. position, warmup, total: in steps. PAPER: sec. 4."""
     if position < warmup:
-        return peak * (position + 1) / warmup
+        return peak * min(1, (position + 1) / warmup)
     return peak * 0.5 * (1 + math.cos(math.pi * (position - warmup) / max(1, total - warmup)))
 
 
@@ -388,6 +402,7 @@ def new_progress():
         "counted": 0,  # steps in `sums`; non-finite ones are not
         "seconds": 0.0,  # spent training in this epoch
         "bad_images": [],  # unreadable ones, distinct, over all processes
+        "layout": {},  # see `resume`
     }
 
 
@@ -426,7 +441,8 @@ def save_checkpoint(path, run, progress, args):
 def read_checkpoint(path):
     """Load a checkpoint file on the CPU, as data only: nothing in it is executed."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of foreign pickles: refused just below
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of foreign pickles: refused just below
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"checkpoint {path} does not exist")
@@ -437,10 +453,13 @@ def read_checkpoint(path):
     return checkpoint
 
 
-def resume(args, run, path):
-    """Continue from a checkpoint if `--resume` says so and there is one -> progress."""
+def resume(args, run, path, layout):
+    """Continue from a checkpoint if `--resume` says so and there is one -> progress.
+
+    layout: {what: number} that must not change within an epoch, or its steps would mean others.
+    """
     if args.resume == ["off"] or (args.resume == ["auto"] and not path.exists()):
-        return new_progress()
+        return new_progress() | {"layout": layout}
     if len(args.resume) > 1:
         fail("training continues one checkpoint; give --resume one path")
     path = path if args.resume == ["auto"] else Path(args.resume[0])
@@ -450,11 +469,22 @@ def resume(args, run, path):
     if differ:
         listed = ", ".join(f"--{k.replace('_', '-')} {then.get(k)} (now {now[k]})" for k in differ)
         fail(f"{path} was trained with {listed}; give the same, or another --out, or --resume off")
+    progress = checkpoint["progress"]
+    for what, number in layout.items():
+        if progress["epoch_step"] and progress["layout"][what] != number:
+            fail(f"{path} was saved within an epoch with {progress['layout'][what]} {what} (now "
+                 f"{number}): keep that until the epoch's end")  # fmt: skip
     for name, part in stateful(run).items():
-        if checkpoint[name]:  # a disabled scaler's state is empty
-            part.load_state_dict(checkpoint[name])
+        if not checkpoint[name]:  # a disabled scaler's state is empty
+            continue
+        flags = [
+            {k: g[k] for k in ("betas", "weight_decay")} for g in getattr(part, "param_groups", [])
+        ]
+        part.load_state_dict(checkpoint[name])
+        for group, values in zip(getattr(part, "param_groups", []), flags, strict=True):
+            group |= values  # what the flags say now, not then
     torch.set_rng_state(checkpoint["rng"])
-    return checkpoint["progress"]
+    return progress | {"layout": layout}
 
 
 def start_output(out, epoch):
@@ -463,9 +493,14 @@ def start_output(out, epoch):
         (out / "pictures").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"cannot write to --out {out}: {error.strerror}")
-    log = out / "log.jsonl"
-    rows = log.read_text().splitlines() if log.exists() else []
-    log.write_text("".join(row + "\n" for row in rows if json.loads(row)["epoch"] < epoch))
+    log, kept = out / "log.jsonl", []
+    for row in log.read_text().splitlines() if log.exists() else []:
+        try:
+            kept += [row + "\n"] if json.loads(row)["epoch"] < epoch else []
+        except ValueError:  # a line that a full disk cut short
+            pass
+    log.with_suffix(".tmp").write_text("".join(kept))
+    os.replace(log.with_suffix(".tmp"), log)
 
 
 def progress_bar(sampler, args):
@@ -481,7 +516,11 @@ def progress_bar(sampler, args):
 
 
 def features_active(args, epoch):
-    """Are the terms on D's features on? PAPER: sec. 4, "only on even numbered epochs"; from 1."""
+    """Are the terms on D's features on? PAPER: sec. 4, "only on even numbered epochs".
+
+    PAPER SILENT: the first epoch's number (here 1), and whether "the perceptual loss term" includes
+    the adversarial one (here not).
+    """
     return LOSSES[args.loss]["features"] == "disc" and epoch % args.feature_every == 0
 
 
@@ -489,12 +528,17 @@ def features_active(args, epoch):
 
 
 def fixed_batch(dataset, rank, world):
-    """This process's part of a validation set -> (images (n, 3, S, S) uint8, noise (n, N))."""
+    """This process's part of a validation set.
+
+    -> (images (n, 3, S, S) uint8, noise (n, N), number of unreadable images over all processes).
+    """
+    size, unreadable = dataset.image_size, []
     samples = [dataset[0, i] for i in range(rank, len(dataset), world)]
-    images, noise, _, bad = collate(samples)
-    for index, reason in bad:
-        tqdm.write(f"unreadable, replaced: {dataset.name(index)} ({reason})", file=sys.stderr)
-    return images, noise
+    note_bad_images(dict(bad for sample in samples for bad in sample[3]), unreadable, dataset)
+    if not samples:  # more processes than images
+        empty = torch.zeros(0, 3, size, size, dtype=torch.uint8)
+        return empty, torch.zeros(0, dataset.num_patches), len(unreadable)
+    return *collate(samples)[:2], len(unreadable)
 
 
 @torch.no_grad()
@@ -542,15 +586,10 @@ def draw_reconstructions(path, run, images, noise, args):
     """Write the epoch's picture: fixed validation images, fixed masks, one row an image."""
     real = to_float(images.to(run.device))
     fake, hidden = reconstruct(run, real, noise.to(run.device), args)
-    columns = {
-        "original": real,
-        "masked": grey_out(real, hidden),
-        "reconstruction": fake,
-        "pasted": torch.where(hidden > 0, fake, real),
-    }
-    if args.norm_pix_loss:
-        columns["reconstruction, true contrast"] = columns.pop("reconstruction")
-    save_picture(path, columns)
+    pasted = torch.where(hidden > 0, fake, real)
+    note = " (true contrast)" if args.norm_pix_loss else ""  # see `reconstruct`
+    columns = {"original": real, "masked": grey_out(real, hidden)}
+    save_picture(path, columns | {"reconstruction" + note: fake, "pasted" + note: pasted})
 
 
 # ---- Benchmark -----------------------------------------------------------------------------------
@@ -559,6 +598,7 @@ def draw_reconstructions(path, run, images, noise, args):
 def benchmark(args, device, world):
     """Time the training step on random images, feature terms active; print one JSON line."""
     run = build_run(args, device)
+    active = LOSSES[args.loss]["features"] is not None
     generator = torch.Generator().manual_seed(args.seed)
     size, B = args.image_size, args.batch_size
     images = torch.randint(0, 256, (B, 3, size, size), generator=generator, dtype=torch.uint8)
@@ -567,13 +607,13 @@ def benchmark(args, device, world):
     seconds = []
     for number in range(2 + args.benchmark):  # two steps to warm up
         began = time.perf_counter()
-        accumulate(run, [(images, noise)] * args.accum, True, args)
+        accumulate(run, [(images, noise)] * args.accum, active, args)
         update(run, apply=True)
         if device.type == "cuda":
             torch.cuda.synchronize()
         if number >= 2:
             seconds.append(time.perf_counter() - began)
-    median = sorted(seconds)[len(seconds) // 2]
+    median = statistics.median(seconds)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -592,7 +632,114 @@ def benchmark(args, device, world):
         "parameters_g": counts[0],
         "parameters_d": counts[1] if run.disc else 0,
     }
-    print(json.dumps(row))
+    say(json.dumps(row))
+
+
+# ---- Around the training loop --------------------------------------------------------------------
+
+
+def build_data(args):
+    """-> (training, validation) `PretrainSet`; one line and status 2 if that cannot be."""
+    if args.data == "data/imagenet" and not Path(args.data).exists():
+        fail("data/imagenet does not exist: put ImageNet there, or give --data PATH, "
+             "--data shapes (drawn on the fly), or --demo")  # fmt: skip
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if dist.is_initialized() and not first:
+        dist.barrier()  # one process of a node downloads what is to be downloaded
+    try:
+        train_source, val_source = open_sources(
+            args.data, image_size=args.image_size, seed=args.seed
+        )
+    except (ValueError, OSError) as error:  # what is wrong with it, and the remedy
+        fail(str(error))
+    finally:
+        if dist.is_initialized() and first:
+            dist.barrier()
+    common = dict(
+        image_size=args.image_size,
+        num_patches=(args.image_size // args.patch_size) ** 2,
+        seed=args.seed,
+    )
+    train_set = PretrainSet(
+        train_source,
+        crop_min=args.crop_min,
+        flip=args.flip,
+        jitter=args.jitter,
+        limit=args.limit_images,
+        **common,
+    )
+    if len(train_set) < images_per_step(args):
+        fail(f"{len(train_set)} training images are fewer than the {images_per_step(args)} of one "
+             "step; lower --batch-size")  # fmt: skip
+    return train_set, PretrainSet(val_source, augment=False, limit=args.val_images, **common)
+
+
+def agree(run, terms, batches, signalled, progress, dataset):
+    """Share what the processes saw in a step, so that all of them act alike.
+
+    terms: {name: scalar} of this process. Returns ({name: mean over processes}, has any process
+    been told to stop).
+    """
+    bad = {index: reason for *_, found in batches for index, reason in found}
+    bad = {index: reason for index, reason in bad.items() if index not in progress["bad_images"]}
+    report = across_processes({"stop": signalled, "bad": len(bad), **terms}, run.device)
+    stopping, any_bad = report.pop("stop") > 0, report.pop("bad") > 0
+    if any_bad:
+        note_bad_images(bad, progress["bad_images"], dataset)
+    return {name: total / world_size() for name, total in report.items()}, stopping
+
+
+def note_bad_images(found, known, dataset):
+    """Add every process's newly found unreadable images to `known`; name each; end if too many.
+
+    found: {index: reason} of this process. known: list of indices. Call on all processes.
+    """
+    everyone = [found]
+    if dist.is_initialized():
+        everyone = [None] * world_size()
+        dist.all_gather_object(everyone, found)
+    for index, reason in {k: v for part in everyone for k, v in part.items()}.items():
+        known.append(index)
+        say(f"unreadable, replaced: {dataset.name(index)} ({reason})", sys.stderr)
+    allowed = min(dataset.bad_limit(), len(dataset) - 1)
+    if len(known) > allowed:
+        fail(f"{len(known)} of {len(dataset)} images are unreadable, a run allows {allowed}; "
+             "repair or remove them, then continue")  # fmt: skip
+
+
+def count_step(progress, report, seconds):
+    """Book one step: report is {name: float}, or {} if its loss was not finite."""
+    progress["step"] += 1
+    progress["epoch_step"] += 1
+    progress["seconds"] += seconds
+    progress["counted"] += bool(report)
+    for name, value in report.items():
+        progress["sums"][name] = progress["sums"].get(name, 0.0) + value
+
+
+def finish_epoch(run, progress, lr, val, args):
+    """Validate, draw, log, and move `progress` on to the next epoch. val: from `fixed_batch`."""
+    epoch, counted = progress["epoch"], max(1, progress["counted"])
+    row = {"epoch": epoch, "step": progress["step"], "lr": lr}
+    row["features_active"] = features_active(args, epoch)
+    row |= {name: total / counted for name, total in progress["sums"].items()}
+    images, noise, bad_validation = val
+    row |= validate(run, images, noise, args)
+    if args.norm_pix_loss:
+        row["psnr_uses_true_patch_statistics"] = True
+    row["images_per_second"] = progress["epoch_step"] * images_per_step(args) / progress["seconds"]
+    row |= {"seconds": progress["seconds"]}
+    row["bad_images"] = len(progress["bad_images"]) + bad_validation
+    row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+    if is_main():
+        with open(Path(args.out) / "log.jsonl", "a") as log:
+            log.write(json.dumps(row) + "\n")
+        if epoch % args.picture_every == 0 or epoch == args.epochs:
+            picture = Path(args.out) / "pictures" / f"epoch_{epoch:04d}.png"
+            draw_reconstructions(picture, run, images[:8], noise[:8], args)
+    say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    kept = {name: progress[name] for name in ("step", "bad_images", "layout")}
+    progress |= new_progress() | kept | {"epoch": epoch + 1}
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -603,8 +750,8 @@ def at_least(low, kind=int):
 
     def parse(text):
         value = kind(text)
-        if not value >= low:  # also refuses nan
-            raise argparse.ArgumentTypeError(f"{text} is below {low}")
+        if not low <= value < math.inf:  # also refuses nan
+            raise argparse.ArgumentTypeError(f"{text} is not a number of {low} or more")
         return value
 
     parse.__name__ = kind.__name__  # argparse names the type in its messages
@@ -624,7 +771,7 @@ def build_parser():
     g.add_argument("--demo", action="store_true", help="small preset on `shapes`, 4 minutes on CPU")
     g.add_argument("--loss", choices=LOSSES, default="mse", help="row of the paper's tables")
     g.add_argument("--model", choices=MAE_SIZES, default="base", help="paper: base, large")
-    g.add_argument("--image-size", type=at_least(8), default=224, help="side in pixels")
+    g.add_argument("--image-size", type=at_least(16), default=224, help="side in pixels")
     g.add_argument("--patch-size", type=at_least(2), default=16, help="pixels, a power of two")
     g.add_argument("--mask-ratio", type=positive, default=0.75, help="hidden part of the patches")
     g.add_argument(
@@ -659,6 +806,9 @@ def build_parser():
     )
 
     g = parser.add_argument_group("optimisation of G")
+    # PAPER SILENT: it contradicts itself on epochs of ViT-L (1600 or 1200), batch (16 or 32) and
+    # Adam's second beta (.95 or .999), and does not say whether the learning rate scales with the
+    # batch. Ours: 300 epochs for any model, 32 a process, MAE's .95, and MAE's linear scaling.
     g.add_argument("--epochs", type=at_least(1), default=300, help="paper: 300 (base)")
     g.add_argument(
         "--warmup-epochs", type=at_least(0, float), help="None = 40/300 of the epochs, as the paper"
@@ -717,11 +867,12 @@ def parse_args(argv=None):
         fail(f"--norm-pix-loss is for --loss mse: {args.loss} compares whole images")
     if args.loss == "ms_ssim" and args.image_size < 24:
         fail(f"--image-size {args.image_size} has no 4 scales for MS-SSIM; use 24 or more")
-    if LOSSES[args.loss]["adversary"] and args.image_size < 16:
-        fail(f"--image-size {args.image_size} is too small for a discriminator; use 16 or more")
     patches = (args.image_size // args.patch_size) ** 2
-    if not 1 <= int(patches * (1 - args.mask_ratio)) < patches:
+    fits = args.image_size % args.patch_size == 0  # if not, `build_mae` says so
+    if fits and not 1 <= int(patches * (1 - args.mask_ratio)) < patches:
         fail(f"--mask-ratio {args.mask_ratio} of {patches} patches hides all of them or none")
+    if args.crop_min > 1:
+        fail(f"--crop-min {args.crop_min} is a part of the area; give 1 or less")
     if max(*args.betas, *args.d_betas) >= 1:
         fail("--betas and --d-betas must be below 1")
     return args
@@ -730,95 +881,6 @@ def parse_args(argv=None):
 def images_per_step(args):
     """Images of one optimiser step, over all processes."""
     return args.batch_size * args.accum * int(os.environ.get("WORLD_SIZE", 1))
-
-
-# ---- Around the training loop --------------------------------------------------------------------
-
-
-def build_data(args):
-    """-> (training, validation) `PretrainSet`; one line and status 2 if that cannot be."""
-    if args.data == "data/imagenet" and not Path(args.data).exists():
-        fail("data/imagenet does not exist: put ImageNet there, or give --data PATH, "
-             "--data shapes (drawn on the fly), or --demo")  # fmt: skip
-    try:
-        train_source, val_source = open_sources(
-            args.data, image_size=args.image_size, seed=args.seed
-        )
-    except (ValueError, OSError, RuntimeError) as error:  # what is wrong with it, and the remedy
-        fail(str(error))
-    common = dict(
-        image_size=args.image_size,
-        num_patches=(args.image_size // args.patch_size) ** 2,
-        seed=args.seed,
-    )
-    train_set = PretrainSet(
-        train_source,
-        crop_min=args.crop_min,
-        flip=args.flip,
-        jitter=args.jitter,
-        limit=args.limit_images,
-        **common,
-    )
-    if len(train_set) < images_per_step(args):
-        fail(f"{len(train_set)} training images are fewer than the {images_per_step(args)} of one "
-             "step; lower --batch-size")  # fmt: skip
-    return train_set, PretrainSet(val_source, augment=False, limit=args.val_images, **common)
-
-
-def agree(run, terms, batches, signalled, progress, dataset):
-    """Share what the processes saw in a step, so that all of them act alike.
-
-    terms: {name: scalar} of this process. Returns ({name: mean over processes}, has any process
-    been told to stop). Names each unreadable image once; ends the run if there are too many.
-    """
-    bad = {index: reason for *_, found in batches for index, reason in found}
-    bad = {index: reason for index, reason in bad.items() if index not in progress["bad_images"]}
-    report = across_processes({"stop": signalled, "bad": len(bad), **terms}, run.device)
-    stopping, any_bad = report.pop("stop") > 0, report.pop("bad") > 0
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if any_bad:
-        everyone = [bad]
-        if world > 1:
-            everyone = [None] * world
-            dist.all_gather_object(everyone, bad)
-        for index, reason in {k: v for part in everyone for k, v in part.items()}.items():
-            progress["bad_images"].append(index)
-            say(f"unreadable, replaced: {dataset.name(index)} ({reason})", sys.stderr)
-        if len(progress["bad_images"]) > dataset.bad_limit():
-            fail(f"{len(progress['bad_images'])} images are unreadable, a run allows "
-                 f"{dataset.bad_limit()}; repair or remove them, then continue")  # fmt: skip
-    return {name: total / world for name, total in report.items()}, stopping
-
-
-def count_step(progress, report, seconds):
-    """Book one step: report is {name: float}, or {} if its loss was not finite."""
-    progress["step"] += 1
-    progress["epoch_step"] += 1
-    progress["seconds"] += seconds
-    progress["counted"] += bool(report)
-    for name, value in report.items():
-        progress["sums"][name] = progress["sums"].get(name, 0.0) + value
-
-
-def finish_epoch(run, progress, lr, val, args):
-    """Validate, draw, log, and move `progress` on to the next epoch. val: from `fixed_batch`."""
-    epoch, counted = progress["epoch"], max(1, progress["counted"])
-    row = {"epoch": epoch, "step": progress["step"], "lr": lr}
-    row["features_active"] = features_active(args, epoch)
-    row |= {name: total / counted for name, total in progress["sums"].items()}
-    row |= validate(run, *val, args)
-    row["images_per_second"] = progress["epoch_step"] * images_per_step(args) / progress["seconds"]
-    row |= {"seconds": progress["seconds"], "bad_images": len(progress["bad_images"])}
-    row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
-    if is_main():
-        with open(Path(args.out) / "log.jsonl", "a") as log:
-            log.write(json.dumps(row) + "\n")
-        if epoch % args.picture_every == 0 or epoch == args.epochs:
-            picture = Path(args.out) / "pictures" / f"epoch_{epoch:04d}.png"
-            draw_reconstructions(picture, run, val[0][:8], val[1][:8], args)
-    say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-    kept = {name: progress[name] for name in ("step", "bad_images")}
-    progress |= new_progress() | kept | {"epoch": epoch + 1}
 
 
 # ---- Main ----------------------------------------------------------------------------------------
@@ -832,9 +894,16 @@ def main(argv=None):
     run = build_run(args, device)
     train_set, val_set = build_data(args)
     out = Path(args.out)
-    progress = resume(args, run, out / "checkpoint.pt")
+    layout = {"images a step": images_per_step(args), "training images": len(train_set)}
+    progress = resume(args, run, out / "checkpoint.pt", layout)
+    if across_processes({"step": progress["step"]}, device)["step"] != world * progress["step"]:
+        fail(f"the nodes disagree on {out}/checkpoint.pt: put --out on a disk that they share")
     if progress["epoch"] > args.epochs:
         return say(f"{out}/checkpoint.pt has all its {args.epochs} epochs; raise --epochs")
+    if args.steps and progress["step"] >= args.steps:
+        return say(
+            f"{out}/checkpoint.pt has its {args.steps} steps; raise --steps, or leave it off"
+        )
     if is_main():
         start_output(out, progress["epoch"])
     sampler = EpochSampler(
@@ -878,7 +947,7 @@ def main(argv=None):
             if stopping or epoch % args.save_every == 0 or epoch == args.epochs:
                 save_checkpoint(out / "checkpoint.pt", run, progress, args)
         if stopping:
-            say(f"stopped at step {progress['step']}; the same command continues from {out}")
+            say(f"stopped at step {progress['step']}; --resume {out}/checkpoint.pt continues")
             break
     else:
         say(f"done: {out}/checkpoint.pt, {out}/log.jsonl, {out}/pictures/")
@@ -893,4 +962,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except torch.OutOfMemoryError:
-        fail("the GPU's memory is full: lower --batch-size (and raise --accum as much)")
+        message = "the GPU's memory is full: lower --batch-size (and raise --accum as much)"
+        fail(message, everywhere=True)
