@@ -67,18 +67,20 @@ from model import (
     unpatchify,
 )
 
-# `--demo`: sizes that show learning within minutes on two CPU cores.
+# `--demo`: sizes that show learning within minutes on two CPU cores. A run this short ends before D
+# has much to teach, so its adversarial term is kept small.
 DEMO = dict(
     loss="ls_gan_p",
     model="tiny",
     data="shapes",
     image_size=64,
     patch_size=8,
-    limit_images=8192,
-    batch_size=64,
+    adversarial_weight=0.1,
+    limit_images=3840,
+    batch_size=16,
     lr=1e-3,
-    epochs=8,
-    warmup_epochs=1,
+    epochs=4,
+    warmup_epochs=0.5,
     picture_every=2,
     workers=1,
     out="runs/demo",
