@@ -1,4 +1,4 @@
-"""Losses of Perceptual MAE (paper sec. 3.1, eq. 1-6) and image metrics, as plain functions.
+"""Losses of Perceptual MAE (paper sec. 3.1, eq. 1-6), gradient regularisers (sec. 3.2), metrics.
 
 To copy: this file needs torch alone. Images are float (B, 3, H, W) in [0, 1]; masks are (B, N)
 with 1 = hidden; feature maps come as lists of (B, C_j, H_j, W_j). Every loss returns a scalar, in
@@ -7,22 +7,57 @@ float32 whatever the autocast.
 `LOSSES` is the one table from which `train.py --loss` chooses.
 """
 
+import math
+
 import torch
 from torch.nn import functional as F
+
+
+def row(pixel="l1", features=None, adversary=None, ada=False, path=False, arch="mae"):
+    """One row of LOSSES; the defaults are what most rows share."""
+    return {
+        "pixel": pixel,
+        "features": features,
+        "adversary": adversary,
+        "ada": ada,
+        "path": path,
+        "arch": arch,
+    }
+
 
 # Each row is one loss of the paper's Tables 1 and 2:
 #   pixel      what compares pixels: masked MSE (MAE's), MS-SSIM + L1 (eq. 2), or L1 (eq. 1)
 #   features   the loss network phi of eq. 3: None, or "disc", the discriminator itself
-#   adversary  the adversarial pair: None, or "ls", least squares (eq. 4 and 5)
+#   adversary  D of the least-squares pair (eq. 4 and 5): None, "conv", "msg" or "stylegan2"; the
+#              last two judge images at every scale
+#   ada        adaptive augmentation of all that D sees (sec. 3.2)
+#   path       path-length regularisation of G (sec. 3.2)
+#   arch       the autoencoder that the paper pairs with the loss
 LOSSES = {
-    "mse": dict(pixel="mse", features=None, adversary=None),
-    "ms_ssim": dict(pixel="ms_ssim_l1", features=None, adversary=None),
-    "ls_gan": dict(pixel="l1", features=None, adversary="ls"),
-    "ls_gan_p": dict(pixel="l1", features="disc", adversary="ls"),
+    "mse": row(pixel="mse"),
+    "ms_ssim": row(pixel="ms_ssim_l1"),
+    "ls_gan": row(adversary="conv"),
+    "ls_gan_p": row(adversary="conv", features="disc"),
+    "msg_gan": row(adversary="msg", arch="msg_mae"),
+    "msg_gan_p": row(adversary="msg", features="disc", arch="msg_mae"),
+    "stylegan2_ada_p": row(
+        adversary="stylegan2", features="disc", ada=True, path=True, arch="msg_mae"
+    ),
 }
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+# ---- Scales --------------------------------------------------------------------------------------
+
+
+def pyramid(images, scales):
+    """Images (B, 3, H, W) -> [(B, 3, H, W), (B, 3, H/2, W/2), ...], finest first, by averaging."""
+    levels = [images]
+    while len(levels) < scales:
+        levels.append(F.avg_pool2d(levels[-1], 2))
+    return levels
 
 
 # ---- Masked MSE: the original MAE ----------------------------------------------------------------
@@ -173,6 +208,53 @@ def lsgan_d_loss(logits_real, logits_fake):
 def lsgan_g_loss(logits_fake):
     """Least-squares loss of G: D should call its reconstructions real. PAPER: eq. 5."""
     return 0.5 * (logits_fake.float() - 1).square().mean()
+
+
+# ---- Gradient regularisers (sec. 3.2, StyleGANv2-ADA) --------------------------------------------
+
+
+def r1_penalty(logits_real, reals):
+    """R1 (Mescheder et al. 2018): squared gradient of D at real images, times gamma / 2 outside.
+
+    logits_real: (B,), computed from `reals`; reals: [(B, 3, h, w)], one leaf per scale with
+    requires_grad, as they were before augmentation. Returns: scalar, the mean over batch and
+    scales of ||d logit / d image||^2, ready for backward (create_graph).
+    Compute logits in float32, autocast off: in fp16 the second derivative is mostly rounding.
+    """
+    grads = torch.autograd.grad(logits_real.sum(), reals, create_graph=True)
+    # PAPER SILENT: R1 on a pyramid. Mean over scales, as in MSG-GAN's StyleGAN version. One
+    # coarse pixel moves D more than one fine pixel, so gammas tuned on one scale are too large.
+    return torch.stack([g.float().square().sum(dim=(1, 2, 3)) for g in grads]).mean()
+
+
+def path_lengths(features, z, noise):
+    """How far D's features move with the decoder's input, per sample: (B,), with a graph.
+
+    PAPER: sec. 3.2, "perceptual path regularisation between the decoder input and discriminator
+    feature maps". A random direction in feature space, s = sum_j <phi^j, eps_j> / sqrt(J N_j), has
+    the slope g = ds/dz; the length is a = sqrt(mean_l sum_d g^2), and E a^2 is the mean squared
+    entry of the maps' Jacobians. The divisors give every map the same share of the noise's energy.
+
+    features: J maps (B, C_j, h_j, w_j) of D at the reconstruction, N_j = C_j h_j w_j
+    z:        (B, L, D) decoder input that `features` were computed from
+    noise:    J tensors shaped as `features`, from N(0, I), drawn by the caller
+
+    Attention must run its forward under sdpa_kernel(SDPBackend.MATH): the fused kernels have no
+    second derivative. D must not be under no_grad.
+    """
+    shares = [math.sqrt(len(features) * f[0].numel()) for f in features]
+    s = sum((f.float() * e / n).sum() for f, e, n in zip(features, noise, shares, strict=True))
+    (g,) = torch.autograd.grad(s, z, create_graph=True)  # samples are independent: one call
+    return (g.float().square().sum(dim=2).mean(dim=1) + 1e-8).sqrt()  # sqrt(0) has slope inf
+
+
+def path_length_penalty(lengths, mean):
+    """Penalty 2 mean((a / mean - 1)^2) on lengths a (B,) away from their running mean (detached).
+
+    PAPER SILENT: its scale. Relative to the mean, because the size of a depends on L and on D's
+    features; StyleGAN2 penalises the absolute (a - mean)^2.
+    """
+    return 2 * (lengths / mean - 1).square().mean()
 
 
 # ---- Image metrics -------------------------------------------------------------------------------

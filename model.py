@@ -1,7 +1,8 @@
-"""Networks of Perceptual MAE: ViT encoder, masked autoencoder, discriminator.
+"""Networks of Perceptual MAE: ViT encoder, MAE and MSG-MAE, discriminators, ADA.
 
 Implements the MAE of He et al. 2022 as the Perceptual MAE paper configures it (sec. 4 and the
-supplement's Table 1), and the discriminator D of sec. 3.1, which is also its loss network phi.
+supplement's Table 1), its skip connections (sec. 3.3), the discriminators D of sec. 3.1 and 3.2,
+each of which is also the loss network phi, and adaptive discriminator augmentation (sec. 3.2).
 
 To copy: this file needs torch alone. Every network takes images as float (B, 3, H, W) in [0, 1]
 and normalises them on its own first line; reconstructions come back in the same units. Parameter
@@ -11,6 +12,9 @@ loads into timm's ViT.
     mae = build_mae("base")                                # 224 px, 16 px patches
     reconstructions, mask = mae(images, mask_ratio=0.75)   # [(B, 3, 224, 224)], (B, 196)
 """
+
+import functools
+import math
 
 import torch
 from torch import nn
@@ -41,6 +45,13 @@ DISCRIMINATOR_WIDTHS = {
     "small": (32, 256),
     "base": (64, 512),
     "large": (64, 512),
+}
+# PAPER SILENT: D's Adam, (learning rate, betas) by kind of D. StyleGAN2's own where weights are
+# N(0, 1); otherwise what LS-GANs commonly use. (--d-lr, --d-betas)
+DISCRIMINATOR_ADAM = {
+    "conv": (2e-4, (0.5, 0.99)),
+    "msg": (2e-4, (0.5, 0.99)),
+    "stylegan2": (2.5e-3, (0.0, 0.99)),
 }
 
 
@@ -198,18 +209,21 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def encode(self, images, ids_keep=None):
+    def encode(self, images, ids_keep=None, outputs=None):
         """Images (B, 3, H, W) in [0, 1] -> tokens (B, 1 + K, C), CLS first, after the final norm.
 
-        ids_keep: (B, K), the patches to look at; None = all N.
+        ids_keep: (B, K), the patches to look at; None = all N. outputs: a dict that receives each
+        block's output, before that norm, under its number from 1.
         """
         images = imagenet_normalize(images)
         x = self.patch_embed(images, ids_keep)  # (B, K, C)
         positions = self.pos_embed[:, 1:]  # CLS's is zero
         x = x + (positions if ids_keep is None else positions[0][ids_keep])
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + K, C)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks, start=1):
             x = block(x)
+            if outputs is not None:
+                outputs[number] = x
         return self.norm(x)
 
     def forward(self, images):
@@ -223,6 +237,8 @@ class MAE(ViT):
     """Masked autoencoder: encodes the visible patches, reconstructs the whole image.
 
     PAPER: "G is the MAE model" of eq. 1; architecture of He et al. 2022, sec. 4 and supplement.
+    With scales > 1 the last decoder blocks also give smaller images, for multi-scale losses
+    (sec. 3.2, MSG-GAN). `MSGMAE` adds the paper's skip connections.
     """
 
     def __init__(
@@ -236,10 +252,14 @@ class MAE(ViT):
         decoder_width,
         decoder_depth,
         decoder_heads,
+        scales=1,  # images that come out; 1 = the published MAE
     ):
         super().__init__(
             image_size=image_size, patch_size=patch_size, width=width, depth=depth, heads=heads
         )
+        if not 1 <= scales <= patch_size.bit_length():
+            raise ValueError(f"{scales} scales, but patches of {patch_size} px can only be halved "
+                             f"to {patch_size.bit_length()}")  # fmt: skip
         self.decoder_embed = linear(width, decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
         self.register_buffer("decoder_pos_embed", sincos_positions(decoder_width, self.side))
@@ -248,44 +268,113 @@ class MAE(ViT):
         )
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
         self.decoder_pred = linear(decoder_width, 3 * patch_size**2)
+        # Scale l has patches of p = patch_size / 2^l pixels, down to one pixel a patch.
+        self.decoder_rgb = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(decoder_width, eps=1e-6), linear(decoder_width, 3 * p * p))
+            for p in (patch_size >> level for level in range(1, scales))
+        )
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, images, mask_ratio=0.75, noise=None):
         """Hide patches, reconstruct the image.
 
         images: (B, 3, H, W) in [0, 1]. noise: (B, N) fixes the mask (see `random_masking`);
-        None draws it. Returns ([reconstruction (B, 3, H, W)], mask (B, N) with 1 = hidden). The
-        list holds one image a scale, finest first; MAE has one scale. Values are in [0, 1] units,
-        float32, unclamped.
+        None draws it. Returns ([reconstruction (B, 3, h, w), ...], mask (B, N) with 1 = hidden).
+        The list holds one image a scale, finest first: H, H/2, H/4, ... Values are in [0, 1]
+        units, float32, unclamped.
         """
         if noise is None:
             noise = torch.rand(len(images), self.side**2, device=images.device)
         ids_keep, ids_restore, mask = random_masking(noise, mask_ratio)
-        latent = self.encode(images, ids_keep)  # (B, 1 + K, C)
-        return self.decode(latent, ids_restore), mask
+        return self.decode(self.decoder_inputs(images, ids_keep, ids_restore)), mask
 
-    def decode(self, latent, ids_restore):
-        """Encoder output (B, 1 + K, C) -> the list of reconstructions that `forward` returns."""
-        x = self.unshuffle(self.decoder_embed(latent), ids_restore)
-        x = x + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            x = block(x)
-        x = self.decoder_pred(self.decoder_norm(x)[:, 1:])  # (B, N, 3pp), CLS dropped
-        # float32 from here on: losses compare pixels, and half precision cannot resolve them.
-        return [imagenet_denormalize(unpatchify(x.float(), self.patch_size))]
+    def encode_levels(self, images, ids_keep):
+        """What the decoder takes of the encoder: here its output alone, [(B, 1 + K, C)]."""
+        return [self.encode(images, ids_keep)]
 
-    def unshuffle(self, x, ids_restore):
-        """Visible tokens (B, 1 + K, d) -> all (B, 1 + N, d), mask tokens at the hidden places."""
+    def decoder_inputs(self, images, ids_keep, ids_restore):
+        """-> [the decoder's input, then the skips if there are any], (B, 1 + N, d) each."""
+        levels = self.encode_levels(images, ids_keep)
+        return [self.to_decoder(level, ids_restore) for level in levels]
+
+    def decode(self, inputs):
+        """What `decoder_inputs` returns -> the list of reconstructions that `forward` returns."""
+        maps = [inputs[0]]  # the decoder's input and the output of each block, (B, 1 + N, d)
+        for k, block in enumerate(self.decoder_blocks):
+            maps.append(block(self.fuse(maps[-1], inputs, k)))
+        # PAPER: sec. 3.3, each block's result is "simultaneously converted to an RGB image at the
+        # required scale": the finest image from the last block, the next from the block before.
+        # PAPER SILENT: scales beyond the number of blocks come from the decoder's input.
+        heads = [nn.Sequential(self.decoder_norm, self.decoder_pred), *self.decoder_rgb]
+        images = []
+        for level, head in enumerate(heads):
+            x = head(maps[max(0, len(maps) - 1 - level)][:, 1:])  # (B, N, 3pp), CLS dropped
+            # float32 from here on: losses compare pixels, and half precision cannot resolve them.
+            x = unpatchify(x.float(), self.patch_size >> level)
+            images.append(imagenet_denormalize(x))
+        return images
+
+    def to_decoder(self, x, ids_restore):
+        """Encoder tokens (B, 1 + K, C) -> the decoder's (B, 1 + N, d), mask tokens where hidden."""
+        x = self.decoder_embed(x)
         B, _, d = x.shape
         hidden = self.mask_token.expand(B, 1 + ids_restore.shape[1] - x.shape[1], -1).to(x.dtype)
         tokens = torch.cat([x[:, 1:], hidden], dim=1)  # (B, N, d), visible first
         tokens = tokens.gather(1, ids_restore[:, :, None].expand(-1, -1, d))  # in image order
-        return torch.cat([x[:, :1], tokens], dim=1)
+        return torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed
+
+    def fuse(self, x, inputs, k):
+        """What block k of the decoder takes: here its predecessor's output alone."""
+        return x
 
 
-def build_mae(size, image_size=224, patch_size=16):
-    """An `MAE` of a size in MAE_SIZES. ValueError if the patch size does not fit the image."""
-    return MAE(image_size=image_size, patch_size=patch_size, **MAE_SIZES[size])
+class MSGMAE(MAE):
+    """MSG-MAE: skip connections from encoder levels to decoder blocks. PAPER: sec. 3.3, Figure 1.
+
+    Decoder block k > 1 takes its predecessor's map concatenated with an encoder level, brought
+    back from 2d to d by one linear layer. The encoder is MAE's, under the same names.
+    """
+
+    def __init__(self, *, depth, decoder_width, decoder_depth, **sizes):
+        super().__init__(
+            depth=depth, decoder_width=decoder_width, decoder_depth=decoder_depth, **sizes
+        )
+        # PAPER SILENT: which levels, where encoder and decoder differ in depth. Evenly spaced,
+        # deep to shallow, from the last but one to the first (the last is the decoder's input).
+        # The authors' code: the last seven but one, so that the shallow ones get no signal.
+        steps = decoder_depth - 1
+        self.skip_levels = [
+            round(depth - 1 - i * (depth - 2) / max(1, steps - 1)) for i in range(steps)
+        ]  # counted from 1, one for each of blocks 2, 3, ...
+        self.decoder_fuse = nn.ModuleList(
+            linear(2 * decoder_width, decoder_width) for _ in range(steps)
+        )
+        for layer in self.decoder_fuse:
+            # PAPER SILENT: initialisation. The decoder's half starts as the identity, as without
+            # skips: a random matrix before each block would scramble the residual stream.
+            nn.init.eye_(layer.weight.data[:, :decoder_width])
+
+    def encode_levels(self, images, ids_keep):
+        """-> [the encoder's output, then its levels for decoder blocks 2, 3, ...]."""
+        outputs = {}  # of each block, by its number from 1
+        output = self.encode(images, ids_keep, outputs)
+        # PAPER SILENT: intermediate levels have no norm of their own; without one their scale
+        # grows with depth, and `decoder_embed` is shared with the normalised last level.
+        norm = [F.layer_norm(outputs[n], outputs[n].shape[-1:]) for n in self.skip_levels]
+        return [output, *norm]
+
+    def fuse(self, x, inputs, k):
+        """Block k's input (B, 1 + N, d), k from 0. PAPER: "concatenated ... a sequence of 2d"."""
+        return x if k == 0 else self.decoder_fuse[k - 1](torch.cat([x, inputs[k]], dim=2))
+
+
+def build_mae(size, image_size=224, patch_size=16, arch="mae", scales=1):
+    """An autoencoder of a size in MAE_SIZES: arch "mae" or "msg_mae", with `scales` outputs.
+
+    ValueError if the patch size does not fit the image, or the scales the patch.
+    """
+    network = {"mae": MAE, "msg_mae": MSGMAE}[arch]
+    return network(image_size=image_size, patch_size=patch_size, scales=scales, **MAE_SIZES[size])
 
 
 # ---- Discriminator D, which is also the loss network phi (sec. 3.1) ------------------------------
@@ -327,6 +416,444 @@ class ConvDiscriminator(nn.Module):
         return self.head(x.flatten(1)).squeeze(1), features
 
 
-def build_discriminator(image_size, channels, max_channels):
-    """The discriminator of the LS-GAN rows, for images of 8 pixels or more."""
-    return ConvDiscriminator(image_size, channels, max_channels)
+# ---- Multi-scale discriminator (sec. 3.2, MSG-GAN) -----------------------------------------------
+
+
+def discriminator_levels(image_size, scales, channels, max_channels):
+    """Resolutions of a discriminator and its width at each, finest first.
+
+    Sides halve while they are at least 8, so 224 ends at 7 and powers of two at 4; widths
+    double per halving from `channels` up to `max_channels`, whatever the image size.
+    Returns: [(side, width)]. Raises ValueError where an image would enter below the last side,
+    and for odd widths, which could not be shared between image and activations.
+    """
+    sides = [image_size]
+    while sides[-1] >= 8:
+        sides.append(sides[-1] // 2)
+    if not 1 <= scales <= len(sides):
+        raise ValueError(f"{scales} image scales, but {image_size} px gives only sides {sides}")
+    if channels % 2 or max_channels % 2:
+        raise ValueError(f"widths must be even, got {channels} up to {max_channels}")
+    return [(side, min(channels * 2**i, max_channels)) for i, side in enumerate(sides)]
+
+
+class MSGDiscriminator(nn.Module):
+    """Plain convolutional discriminator that sees the image again at every scale.
+
+    Each block halves the map. The image of the new size then joins as channels: half of the
+    next block's input is what the network has seen so far, half is the image through a 1x1
+    convolution, so every scale of the decoder receives a gradient of its own.
+    """
+
+    def __init__(self, image_size, scales, channels, max_channels):
+        super().__init__()
+        levels = discriminator_levels(image_size, scales, channels, max_channels)
+        widths = [width for _, width in levels]
+        # PAPER SILENT: how an image joins. 1x1 convolution of the image, then concatenation
+        # (MSG-GAN's "lin_cat"): the half-width maps make it the cheapest of its three ways.
+        shared = [width // 2 if 0 < i < scales else width for i, width in enumerate(widths)]
+        self.from_rgb = nn.ModuleList(nn.Conv2d(3, width, 1) for width in shared[:scales])
+        self.blocks = nn.ModuleList(map(self.block, widths, shared[1:]))
+        last_side, last_width = levels[-1]
+        self.head = nn.Sequential(
+            nn.Conv2d(last_width, last_width, 3, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Flatten(),
+            nn.Linear(last_width * last_side**2, 1),
+        )
+        # PAPER SILENT: initialisation. He's, with ordinary layers: Adam's step then means the
+        # same here as in the autoencoder, whereas an equalised rate wants one ten times larger.
+        for layer in self.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(layer.weight, a=0.2)
+                nn.init.zeros_(layer.bias)
+
+    @staticmethod
+    def block(c_in, c_out):
+        """(B, c_in, h, w) -> (B, c_out, h // 2, w // 2)."""
+        return nn.Sequential(
+            nn.Conv2d(c_in, c_in, 3, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.AvgPool2d(2),  # DIFFERS: MSG-GAN pools last; one third less arithmetic here
+            nn.Conv2d(c_in, c_out, 3, padding=1),
+            nn.LeakyReLU(0.2),
+        )
+
+    def forward(self, images):
+        """[(B, 3, h, w)] in [0, 1], finest first -> logits (B,), [(B, C_j, h_j, w_j)]."""
+        images = [2 * x - 1 for x in images]  # to [-1, 1]
+        rgb = [layer(x) for layer, x in zip(self.from_rgb, images, strict=True)]
+        x, features = rgb[0], []
+        for i, block in enumerate(self.blocks, start=1):
+            x = block(x)
+            features.append(x)
+            if i < len(rgb):
+                x = torch.cat([x, rgb[i]], dim=1)
+        return self.head(x).squeeze(1), features
+
+
+# ---- StyleGAN2 discriminator, multi-scale (sec. 3.2, StyleGANv2-ADA) -----------------------------
+
+
+class EqualConv2d(nn.Module):
+    """Convolution with equalised learning rate: weights stored as N(0, 1), scaled when used.
+
+    Adam moves every stored weight by about the learning rate, so scaling by 1 / sqrt(fan_in)
+    at run time makes all layers learn at the same relative speed.
+
+    c_in, c_out, kernel, stride, padding: as in nn.Conv2d
+    activate: add a bias, then sqrt(2) * leaky_relu(0.2), then clamp; otherwise linear
+    gain:     factor on the result; a residual block folds its 1 / sqrt(2) in here
+    """
+
+    def __init__(self, c_in, c_out, kernel, *, stride=1, padding=0, activate=True, gain=1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(c_out, c_in, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(c_out)) if activate else None
+        self.stride, self.padding, self.gain = stride, padding, gain
+
+    def forward(self, x):
+        scale = self.gain / math.sqrt(self.weight[0].numel())  # fan_in = c_in * kernel**2
+        if self.bias is None:
+            return F.conv2d(x, self.weight * scale, None, self.stride, self.padding)
+        # c * leaky(x) = leaky(c * x) for c > 0, so both gains go into the weights, for free.
+        weight, bias = self.weight * (scale * math.sqrt(2)), self.bias * (self.gain * math.sqrt(2))
+        x = F.leaky_relu(F.conv2d(x, weight, bias, self.stride, self.padding), 0.2)
+        return x.clamp(-256 * self.gain, 256 * self.gain)  # keeps fp16 from overflowing
+
+
+class EqualLinear(nn.Module):
+    """The same for (B, C) vectors, always with a bias; never clamped."""
+
+    def __init__(self, c_in, c_out, activate):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(c_out, c_in))
+        self.bias = nn.Parameter(torch.zeros(c_out))
+        self.activate = activate
+
+    def forward(self, x):
+        x = F.linear(x, self.weight / math.sqrt(self.weight.shape[1]), self.bias)
+        return math.sqrt(2) * F.leaky_relu(x, 0.2) if self.activate else x
+
+
+class Blur(nn.Module):
+    """Depthwise [1, 3, 3, 1] low-pass filter of unit sum, zero-padded: no aliasing at stride 2.
+
+    Folding it into the kernel that follows (3x3 becomes 6x6) would save a map but cost more.
+    """
+
+    def __init__(self, stride, padding):
+        super().__init__()
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.register_buffer("kernel", torch.outer(taps, taps), persistent=False)
+        self.stride, self.padding = stride, padding
+
+    def forward(self, x):
+        c = x.shape[1]
+        kernel = self.kernel.expand(c, 1, 4, 4)  # one copy per channel, none stored
+        return F.conv2d(x, kernel, None, self.stride, self.padding, groups=c)
+
+
+class ResidualBlock(nn.Module):
+    """(B, c_in, h, w) -> (B, c_out, h // 2, w // 2), every downsampling blurred."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        gain = math.sqrt(0.5)  # (main + skip) / sqrt(2) keeps the variance
+        self.main = nn.Sequential(
+            EqualConv2d(c_in, c_in, 3, padding=1),
+            Blur(stride=1, padding=2),  # h + 1
+            EqualConv2d(c_in, c_out, 3, stride=2, gain=gain),
+        )
+        self.skip = nn.Sequential(
+            Blur(stride=2, padding=1),
+            EqualConv2d(c_in, c_out, 1, activate=False, gain=gain),
+        )
+
+    def forward(self, x):
+        return self.main(x) + self.skip(x)
+
+
+def append_minibatch_std(x, group):
+    """Append one channel that says how much the samples of a group differ (Karras et al. 2018).
+
+    x: (B, C, h, w) -> (B, C + 1, h, w). The new channel is constant per sample: the standard
+    deviation over its group, averaged over channels and positions. A generator that always
+    paints the same picture gives itself away.
+
+    Sample k of B belongs to group k mod M, M = B / G: members are M apart. G is `group`, or the
+    largest smaller number that divides B. A rank holding samples r, r + W, r + 2W, ... of a
+    batch thereby holds whole groups, because M = W * (its own M): W processes equal one, as
+    long as `group` divides the batch of each. Call D on reals and fakes separately, since a
+    group of both would give the answer away.
+    """
+    b, _, h, w = x.shape
+    g = next(g for g in range(min(group, b), 0, -1) if b % g == 0)
+    groups = x.reshape(g, b // g, *x.shape[1:])  # (G, M, C, h, w)
+    std = (groups.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=(1, 2, 3))  # (M,)
+    return torch.cat([x, std.repeat(g).view(b, 1, 1, 1).expand(b, 1, h, w)], dim=1)
+
+
+class Epilogue(nn.Module):
+    """Last map (B, C, side, side) and its minibatch deviation -> logits (B,), in float32."""
+
+    def __init__(self, width, side, mbstd_group):
+        super().__init__()
+        self.mbstd_group = mbstd_group
+        self.conv = EqualConv2d(width + 1, width, 3, padding=1)
+        self.hidden = EqualLinear(width * side**2, width, activate=True)
+        self.logit = EqualLinear(width, 1, activate=False)
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.conv(append_minibatch_std(x.float(), self.mbstd_group))
+            return self.logit(self.hidden(x.flatten(1))).squeeze(1)
+
+
+class StyleGAN2Discriminator(nn.Module):
+    """StyleGAN2's residual discriminator with an image entering at every scale.
+
+    At 224 px and widths 64 to 512 (those of StyleGAN2 at 256 px, whose maps of 256 ... 8 become
+    224 ... 7) it has 27.7 M parameters with one scale and 28.6 M with five. Train it with Adam
+    at StyleGAN2's rate, 0.0025, betas (0, 0.99): its weights are N(0, 1), not N(0, 1 / fan_in).
+    """
+
+    # DIFFERS: under autocast all blocks run in half precision, not only the four largest maps;
+    # the epilogue is float32 as published, so only the two small blocks lose digits.
+
+    def __init__(self, image_size, scales, channels, max_channels, mbstd_group=4):
+        super().__init__()
+        levels = discriminator_levels(image_size, scales, channels, max_channels)
+        widths = [width for _, width in levels]
+        self.blocks = nn.ModuleList(map(ResidualBlock, widths, widths[1:]))
+        # PAPER SILENT: how an image joins a residual network. As in MSG-StyleGAN ("cat_lin"):
+        # half-width fromRGB, concatenated, 1x1 convolution back to the published width.
+        half = [width // 2 if i > 0 else width for i, width in enumerate(widths[:scales])]
+        self.from_rgb = nn.ModuleList(EqualConv2d(3, width, 1) for width in half)
+        self.join = nn.ModuleList(
+            EqualConv2d(width + width // 2, width, 1, activate=False) for width in widths[1:scales]
+        )
+        self.epilogue = Epilogue(widths[-1], levels[-1][0], mbstd_group)
+
+    def forward(self, images):
+        """[(B, 3, h, w)] in [0, 1], finest first -> logits (B,), [(B, C_j, h_j, w_j)]."""
+        images = [2 * x - 1 for x in images]  # to [-1, 1]
+        rgb = [layer(x) for layer, x in zip(self.from_rgb, images, strict=True)]
+        x, features = rgb[0], []
+        for i, block in enumerate(self.blocks, start=1):
+            x = block(x)
+            features.append(x)
+            if i < len(rgb):
+                x = self.join[i - 1](torch.cat([x, rgb[i]], dim=1))
+        return self.epilogue(x), features
+
+
+def build_discriminator(kind, image_size, scales, channels, max_channels):
+    """D of a LOSSES row: kind "conv", "msg" or "stylegan2", for `scales` images, finest first.
+
+    ValueError where the scales or widths do not fit the image size.
+    """
+    if kind == "conv":
+        return ConvDiscriminator(image_size, channels, max_channels)
+    network = {"msg": MSGDiscriminator, "stylegan2": StyleGAN2Discriminator}[kind]
+    return network(image_size, scales, channels, max_channels)
+
+
+# ---- Adaptive discriminator augmentation (sec. 3.2; Karras et al. 2020) --------------------------
+# Self-contained: to copy it, take this section, `functools`, `math`, torch, nn and F.
+
+
+def ada_noise(keys):
+    """Random numbers of each sample, a function of its key alone: not of p, rank or batch.
+
+    keys: (B,) int64. Returns gates (B, 13) and uniforms (B, 8) in [0, 1), normals (B, 7), on CPU.
+    """
+    generator, rows = torch.Generator(), []
+    for key in keys.tolist():
+        # The CPU generator reads 32 bits of its seed; hashed, all 64 bits of the key count.
+        generator.manual_seed((key * 0x9E3779B97F4A7C15 % 2**64) >> 32)
+        uniforms = torch.rand(21, generator=generator)
+        rows.append(torch.cat([uniforms, torch.randn(7, generator=generator)]))
+    return torch.stack(rows).split((13, 8, 7), dim=1)
+
+
+def geometry_matrix(gates, uniforms, normals, size):
+    """Eight geometric transforms as one out -> in matrix; exactly the identity if no gate opens.
+
+    gates: (B, 8) bool, in the order of the list below; uniforms: (B, 6) in [0, 1);
+    normals: (B, 4); size: side of the finest scale, pixels.
+    Returns (B, 3, 3), acting on (x, y, 1), x right, y down, the image being [-1, 1]^2 at every
+    scale: in pixels of a scale of side S it is diag(S/2, S/2, 1) T diag(2/S, 2/S, 1).
+    """
+    flip, turn, shift, zoom, spin1, stretch, spin2, drift = gates.float().unbind(dim=1)
+    u, z = uniforms.unbind(dim=1), normals.unbind(dim=1)
+    identity = torch.eye(3).repeat(len(gates), 1, 1)
+
+    def scale(x, y):
+        return torch.diag_embed(torch.stack([x, y, torch.ones_like(x)], dim=1))
+
+    def rotate(angle):
+        matrix = identity.clone()
+        matrix[:, 0, 0], matrix[:, 0, 1] = angle.cos(), -angle.sin()
+        matrix[:, 1, 0], matrix[:, 1, 1] = angle.sin(), angle.cos()
+        return matrix
+
+    def translate(x, y):
+        matrix = identity.clone()
+        matrix[:, 0, 2], matrix[:, 1, 2] = x, y
+        return matrix
+
+    mirror = 1 - 2 * flip * (2 * u[0]).floor()  # one time in two among open gates
+    # Whole pixels of the finest scale, so fractions of a pixel on the coarser ones.
+    dx, dy = (shift * ((v - 0.5) * 0.25 * size).round() * 2 / size for v in u[2:4])
+    grow, widen = 2 ** (0.2 * zoom * z[0]), 2 ** (0.2 * stretch * z[1])
+    # The image undergoes the first row first. Rows are inverses: out -> in, left to right.
+    inverses = [
+        scale(mirror, torch.ones_like(mirror)),
+        rotate(math.pi / 2 * turn * (4 * u[1]).floor()),  # anticlockwise quarter turns
+        translate(-dx, -dy),
+        scale(1 / grow, 1 / grow),
+        rotate(-math.pi * spin1 * (2 * u[4] - 1)),
+        scale(1 / widen, widen),
+        rotate(-math.pi * spin2 * (2 * u[5] - 1)),
+        translate(-0.25 * drift * z[2], -0.25 * drift * z[3]),  # sigma = side / 8, and side = 2
+    ]
+    return functools.reduce(torch.matmul, inverses)  # (B, 3, 3)
+
+
+def colour_matrix(gates, uniforms, normals):
+    """Five colour transforms as one matrix; exactly the identity if no gate opens.
+
+    gates: (B, 5) bool; uniforms: (B, 2) in [0, 1); normals: (B, 3).
+    Returns (B, 4, 4), acting on (r, g, b, 1) with colours in [-1, 1].
+    """
+    bright, contrast, luma, hue, saturation = gates.float()[:, :, None, None].unbind(dim=1)
+    u, z = (noise[:, :, None, None].unbind(dim=1) for noise in (uniforms, normals))
+    rgb, grey, cross, offset = torch.zeros(4, 4, 4).unbind(dim=0)
+    rgb[:3, :3] = torch.eye(3)
+    grey[:3, :3] = 1 / 3  # projector on the grey axis v = (1, 1, 1) / sqrt(3)
+    cross[:3, :3] = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # v x rgb
+    offset[:3, 3] = 1
+
+    angle = math.pi * hue * (2 * u[1] - 1)
+    changes = [  # each I + (something that a closed gate makes 0); the last acts first
+        (2 ** (saturation * z[2]) - 1) * (rgb - grey),
+        angle.sin() * cross + (1 - angle.cos()) * (grey - rgb),  # Rodrigues: cross^2 = grey - rgb
+        -2 * luma * (2 * u[0]).floor() * grey,
+        (2 ** (0.5 * contrast * z[1]) - 1) * rgb,
+        0.2 * bright * z[0] * offset,
+    ]
+    return functools.reduce(torch.matmul, [torch.eye(4) + change for change in changes])
+
+
+def warp(x, rows, T):
+    """x (B, 3, S, S) with images `rows` (K,) resampled at T (K, 3, 3), the others untouched."""
+    if len(rows) == 0:
+        return x
+    side = x.shape[-1]
+    if x.shape[-2] != side:  # a rotation of [-1, 1]^2 would shear the pixels
+        raise ValueError(f"ADA needs square images, got {tuple(x.shape)}")
+    axis = (2 * torch.arange(side, device=x.device, dtype=x.dtype) + 1) / side - 1  # pixel centres
+    # Element by element, since a matrix product (F.affine_grid) may run in TF32 or bfloat16.
+    T = T.to(x)[:, None, None, :2]  # (K, 1, 1, 2, 3)
+    grid = T[..., 0] * axis[:, None] + T[..., 1] * axis[:, None, None] + T[..., 2]  # (K, S, S, 2)
+    # DIFFERS: bilinear with edge reflection, where Karras et al. filter (sym6) at twice the
+    # resolution: 40 times faster on CPU, scales agree better, but shrunken fine texture aliases.
+    moved = F.grid_sample(
+        x.index_select(0, rows), grid, padding_mode="reflection", align_corners=False
+    )
+    return x.index_copy(0, rows, moved)
+
+
+def recolour(x, rows, C):
+    """x (B, 3, S, S) in [0, 1] with images `rows` (K,) mapped by C (K, 4, 4); never clamped."""
+    if len(rows) == 0:
+        return x
+    signed = 2 * x.index_select(0, rows) - 1  # [0, 1] -> [-1, 1], the range C is made for
+    C = C.to(x)[:, :3, :, None, None]  # (K, 3, 4, 1, 1)
+    signed = (C[:, :, :3] * signed[:, None]).sum(dim=2) + C[:, :, 3]  # no TF32 here either
+    return x.index_copy(0, rows, (signed + 1) / 2)
+
+
+class AdaAugment(nn.Module):
+    """Random augmentation of all that D sees, each transform with probability p; p adapts.
+
+    p rises while D is sure of the real images (overfits) and falls while it is not. Gradients
+    reach the images. State (p, the statistics since its last change) is in the state dict.
+
+        T, C = ada.sample(keys, size)                             # once per iteration
+        logits = disc(ada(reals, T, C)), disc(ada(preds, T, C))   # lists of scales
+        ada.update(logits_real, all_reduce)                       # D step only
+    """
+
+    def __init__(
+        self,
+        *,
+        target=0.6,  # of r_t = E sign(D(real) - 1/2)
+        ramp_images=500_000,  # real images during which p can go from 0 to 1
+        interval=4,  # iterations between two changes of p
+        fixed_p=None,  # a constant p instead
+    ):
+        super().__init__()
+        # PAPER SILENT: on the transforms, target and speed; all as in Karras et al. 2020.
+        self.target, self.ramp_images, self.interval = target, ramp_images, interval
+        self.fixed_p = fixed_p
+        self.register_buffer("p", torch.tensor(float(fixed_p or 0)))
+        self.register_buffer("statistics", torch.zeros(3))  # sum of signs, images, iterations
+
+    def sample(self, keys, size):
+        """One draw per sample: keys (B,) int64, finest side in pixels -> T (B, 3, 3), C (B, 4, 4).
+
+        Both stay on the CPU, where asking which samples are left alone costs no synchronisation.
+        """
+        p = float(self.p) if self.fixed_p is None else self.fixed_p
+        gates, uniforms, normals = ada_noise(keys)
+        chance = torch.full((13,), p)
+        chance[[4, 6]] = 1 - math.sqrt(1 - p)  # two rotations: at least one with probability p
+        gates = gates < chance
+        T = geometry_matrix(gates[:, :8], uniforms[:, :6], normals[:, :4], size)
+        return T, colour_matrix(gates[:, 8:], uniforms[:, 6:], normals[:, 4:])
+
+    def forward(self, images, T, C):
+        """Images: list of (B, 3, S, S) in [0, 1] -> same shapes, float32, beyond [0, 1] at times.
+
+        Samples whose T (or C) is the identity come back bitwise as they were.
+        """
+
+        # PAPER SILENT: "applied to all samples" leaves the pairing open. A reconstruction and its
+        # target, at all scales, share one draw, so that feature matching compares like with like.
+        def changed(matrices):  # indices (K,)
+            return (matrices != torch.eye(matrices.shape[-1])).any(dim=(1, 2)).nonzero()[:, 0]
+
+        device = images[0].device
+        rows_T, rows_C = changed(T), changed(C)
+        T, C = T[rows_T].to(device), C[rows_C].to(device)
+        rows_T, rows_C = rows_T.to(device), rows_C.to(device)
+        # Half precision becomes float32, also under autocast; float64 remains.
+        images = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in images]
+        return [recolour(warp(x, rows_T, T), rows_C, C) for x in images]
+
+    @torch.no_grad()
+    def update(self, logits_real, all_reduce=None):
+        """Record D's answers on augmented real images; every `interval` calls, change p.
+
+        logits_real: (B,) or (B, 1), raw. all_reduce: sums a tensor over ranks in place, such as
+        torch.distributed.all_reduce; statistics, and so p, are then the same on all ranks.
+        """
+        if self.fixed_p is not None:
+            return
+        # PAPER SILENT: least-squares D, labels 0 and 1, hence the boundary 1/2; Karras et al.
+        # have a logistic D and 0.
+        signs = (logits_real.float() - 0.5).sign()
+        sums = torch.stack([signs.sum(), torch.ones_like(signs).sum()])
+        if all_reduce is not None:
+            all_reduce(sums)
+        self.statistics[:2] += sums.to(self.statistics)
+        self.statistics[2] += 1
+        sign_sum, seen, iterations = self.statistics.tolist()
+        if iterations < self.interval:
+            return
+        rise = (sign_sum / seen > self.target) - (sign_sum / seen < self.target)  # 1, 0 or -1
+        # DIFFERS: p is also kept below 1; Karras et al. do not (no transform changes beyond 1).
+        self.p.add_(rise * seen / self.ramp_images).clamp_(0, 1)
+        self.statistics.zero_()

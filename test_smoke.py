@@ -22,12 +22,30 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from torch.testing import assert_close
 
 import data
 import losses
 import model
 import train
+from losses import path_length_penalty, path_lengths, r1_penalty
+from model import (
+    AdaAugment,
+    Blur,
+    EqualConv2d,
+    EqualLinear,
+    MSGDiscriminator,
+    ResidualBlock,
+    StyleGAN2Discriminator,
+    ada_noise,
+    append_minibatch_std,
+    colour_matrix,
+    discriminator_levels,
+    geometry_matrix,
+)
 
+ROWS = [(loss, "auto") for loss in losses.LOSSES]  # and the ablations of Tables 2 and 3
+ROWS += [("msg_gan_p", "mae"), ("stylegan2_ada_p", "mae"), ("mse", "msg_mae")]
 TINY = ["--model", "tiny", "--image-size", "32", "--patch-size", "8", "--data", "shapes"]
 FAST = [*TINY, "--batch-size", "4", "--val-images", "4", "--workers", "0", "--lr", "1e-3"]
 
@@ -48,9 +66,10 @@ def tiny_run(*flags):
 
 
 def tiny_batch(B=4, seed=0):
-    """(images (B, 3, 32, 32) in [0, 1], noise (B, 16))."""
+    """(images (B, 3, 32, 32) in [0, 1], noise (B, 16), seeds (B,))."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(B, 3, 32, 32, generator=generator), torch.rand(B, 16, generator=generator)
+    images = torch.rand(B, 3, 32, 32, generator=generator)
+    return images, torch.rand(B, 16, generator=generator), torch.arange(B) + 100
 
 
 def gradients(network):
@@ -278,7 +297,7 @@ def test_mae_equals_a_slow_implementation():
     with torch.no_grad():
         for p in mae.parameters():  # biases and norms away from their neutral start
             p.add_(0.05 * torch.randn_like(p))
-        images, noise = tiny_batch(2)
+        images, noise, _ = tiny_batch(2)
         (reconstruction,), _ = mae(images, 0.75, noise)
         expected = slow_mae(mae.state_dict(), images, noise, 6, 3, 4, 4, 8)
     normalised = model.imagenet_normalize(reconstruction)
@@ -292,7 +311,7 @@ def test_mae_equals_a_slow_implementation():
 
 def test_masking_hides_three_quarters_and_the_encoder_never_sees_them():
     mae = model.build_mae("tiny", 32, 8)
-    images, noise = tiny_batch(3)
+    images, noise, _ = tiny_batch(3)
     ids_keep, ids_restore, mask = model.random_masking(noise, 0.75)
     assert mask.sum(1).tolist() == [12, 12, 12]  # 1 = hidden
     for b in range(3):  # the visible patches are those with the least noise
@@ -351,7 +370,7 @@ def test_vit_base_has_the_published_names_and_numbers():
 
 def test_discriminator_halves_to_below_8_pixels_and_uses_the_finest_image():
     for size, sides in {224: [112, 56, 28, 14, 7], 32: [16, 8, 4], 96: [48, 24, 12, 6]}.items():
-        disc = model.build_discriminator(size, 4, 16)
+        disc = model.build_discriminator("conv", size, 1, 4, 16)
         images = torch.rand(2, 3, size, size)
         logits, features = disc([images, torch.rand(2, 3, size // 2, size // 2)])
         assert logits.shape == (2,)
@@ -360,40 +379,634 @@ def test_discriminator_halves_to_below_8_pixels_and_uses_the_finest_image():
         close(logits, disc([images])[0], 0)
 
 
+# ---- Multi-scale discriminators ------------------------------------------------------------------
+
+NETWORKS = (MSGDiscriminator, StyleGAN2Discriminator)
+
+
+def random_pyramid(batch, image_size, scales):
+    return [torch.rand(batch, 3, image_size >> i, image_size >> i) for i in range(scales)]
+
+
+# ---- Discriminator layers ------------------------------------------------------------------------
+
+
+def test_blur_spreads_an_impulse_by_hand_values():
+    x = torch.zeros(1, 2, 5, 5)
+    x[0, 1, 2, 2] = 64.0
+    expected = torch.zeros(1, 2, 6, 6)
+    expected[0, 1, 1:5, 1:5] = torch.tensor(
+        [[1.0, 3, 3, 1], [3, 9, 9, 3], [3, 9, 9, 3], [1, 3, 3, 1]]
+    )
+    assert_close(Blur(stride=1, padding=2)(x), expected)
+
+
+def test_strided_blur_keeps_a_constant_and_loses_one_tap_at_borders():
+    side = torch.tensor([7 / 8, 1, 7 / 8])  # the missing tap weighs 1 / 8
+    assert_close(Blur(stride=2, padding=1)(torch.ones(1, 1, 6, 6))[0, 0], torch.outer(side, side))
+
+
+def test_equalised_layers_scale_by_root_of_fan_in():
+    # fan_in 2*3*3 = 18: weights 1 on ones give 18 / sqrt(18) = sqrt(18); sqrt(2) of that is 6
+    x = torch.ones(1, 2, 3, 3)
+    linear = EqualConv2d(2, 1, 3, activate=False)
+    active = EqualConv2d(2, 1, 3)
+    halved = EqualConv2d(2, 1, 3, gain=0.5)
+    for layer in (linear, active, halved):
+        torch.nn.init.ones_(layer.weight)
+    assert math.isclose(linear(x).item(), math.sqrt(18), rel_tol=1e-5)
+    assert math.isclose(active(x).item(), 6.0, rel_tol=1e-5)
+    assert math.isclose(active(-x).item(), -1.2, rel_tol=1e-5)  # leaky slope 0.2
+    assert active(100 * x).item() == 256.0  # 600 clamped
+    assert halved(100 * x).item() == 128.0  # 300 clamped: the limit follows the gain
+    torch.nn.init.ones_(active.bias)
+    assert math.isclose(active(x).item(), 6 + math.sqrt(2), rel_tol=1e-5)
+    dense = EqualLinear(9, 1, activate=True)  # 9 / sqrt(9) = 3
+    torch.nn.init.ones_(dense.weight)
+    assert math.isclose(dense(torch.ones(1, 9)).item(), 3 * math.sqrt(2), rel_tol=1e-5)
+
+
+def test_equalised_weights_have_deviation_one_over_root_fan_in():
+    torch.manual_seed(0)
+    basis = torch.eye(64).view(64, 64, 1, 1)  # one unit vector per sample reads the weights
+    weights = EqualConv2d(64, 256, 1, activate=False)(basis)
+    assert abs(weights.std().item() * 8 - 1) < 0.03  # 16384 draws: standard error 0.6 %
+
+
+def slow_blur(x, padding):
+    """[1, 3, 3, 1] / 8 along both axes, as sixteen shifted sums."""
+    x, taps = F.pad(x, [padding] * 4), (1 / 8, 3 / 8, 3 / 8, 1 / 8)
+    h, w = x.shape[2] - 3, x.shape[3] - 3
+    return sum(
+        taps[i] * taps[j] * x[:, :, i : i + h, j : j + w] for i in range(4) for j in range(4)
+    )
+
+
+def test_residual_block_equals_its_steps_done_slowly():
+    torch.manual_seed(0)
+    block = ResidualBlock(6, 8)
+    conv1, conv2, skip = block.main[0], block.main[2], block.skip[1]
+    torch.nn.init.normal_(conv1.bias)
+    torch.nn.init.normal_(conv2.bias)
+
+    def act(x):
+        return math.sqrt(2) * torch.where(x > 0, x, 0.2 * x)
+
+    for side in (8, 9):  # an odd side rounds down
+        x = torch.randn(2, 6, side, side)
+        h = act(F.conv2d(x, conv1.weight / math.sqrt(54), conv1.bias, padding=1))
+        h = F.conv2d(slow_blur(h, 2), conv2.weight / math.sqrt(54))[:, :, ::2, ::2]
+        h = act(h + conv2.bias.view(1, -1, 1, 1))
+        s = F.conv2d(slow_blur(x, 1)[:, :, ::2, ::2], skip.weight / math.sqrt(6))
+        assert_close(block(x), (h + s) / math.sqrt(2), rtol=1e-4, atol=1e-5)
+        assert h.shape[2:] == (4, 4)
+
+
+# ---- Minibatch standard deviation ----------------------------------------------------------------
+
+
+def test_minibatch_std_equals_hand_value():
+    # G = 2, M = 2: samples 0 and 2 differ by 2 and 6, deviations 1 and 3, mean 2;
+    # samples 1 and 3 are equal, sqrt(0 + 1e-8) = 1e-4
+    x = torch.tensor([[0.0, 0], [1, 1], [2, 6], [1, 1]]).view(4, 1, 1, 2)
+    y = append_minibatch_std(x, group=2)
+    assert_close(y[:, :1], x)
+    assert_close(y[:, 1, 0], torch.tensor([[2, 2], [1e-4, 1e-4], [2, 2], [1e-4, 1e-4]]))
+
+
+def test_minibatch_std_of_interleaved_ranks_equals_whole_batch():
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 2, 2)
+    whole = append_minibatch_std(x, group=4)
+    assert whole[:, 3, 0, 0].unique().numel() == 4  # four groups, else nothing is tested
+    for ranks in (2, 4):
+        for r in range(ranks):
+            assert_close(append_minibatch_std(x[r::ranks], group=4), whole[r::ranks])
+
+
+def test_minibatch_std_takes_the_largest_group_that_divides_the_batch():
+    # 6 samples, groups of 3: {0, 1, 2} has variance 2 / 3, {0, 0, 0} none. 5 is prime: G = 1.
+    for values, expected in (
+        ([0, 0, 1, 0, 2, 0], [math.sqrt(2 / 3), 1e-4] * 3),
+        ([0, 1, 2, 3, 4], [1e-4] * 5),
+    ):
+        x = torch.tensor(values).float().view(-1, 1, 1, 1)
+        assert_close(append_minibatch_std(x, group=4)[:, 1].flatten(), torch.tensor(expected))
+
+
+def test_logits_of_interleaved_ranks_equal_whole_batch():
+    torch.manual_seed(0)
+    disc = StyleGAN2Discriminator(16, 2, 4, 8, mbstd_group=2)
+    images = random_pyramid(8, 16, 2)
+    logits, _ = disc(images)
+    for r in range(2):
+        assert_close(disc([x[r::2] for x in images])[0], logits[r::2], rtol=1e-4, atol=1e-5)
+
+
+def test_features_ignore_other_samples_and_only_stylegan2_logits_see_them():
+    torch.manual_seed(0)
+    reals = random_pyramid(4, 16, 2)
+    fakes = [0.1 * x for x in random_pyramid(4, 16, 2)]
+    for network in NETWORKS:
+        disc = network(16, 2, 4, 8)
+        apart, alone = disc(reals)
+        joint, together = disc([torch.cat(pair) for pair in zip(reals, fakes, strict=True)])
+        for a, b in zip(alone, together, strict=True):
+            assert_close(a, b[:4], rtol=1e-4, atol=1e-6)
+        mixes = (apart - joint[:4]).abs().max() > 1e-4  # hence one call each for real and fake
+        assert mixes == (network is StyleGAN2Discriminator)
+
+
+def test_levels_stop_at_seven_or_four():
+    def sides(n):
+        return [side for side, _ in discriminator_levels(n, 1, 8, 32)]
+
+    assert sides(224) == [224, 112, 56, 28, 14, 7]
+    assert sides(64) == [64, 32, 16, 8, 4]
+    assert sides(96) == [96, 48, 24, 12, 6]
+    assert sides(36) == [36, 18, 9, 4]
+    assert [width for _, width in discriminator_levels(64, 1, 8, 32)] == [8, 16, 32, 32, 32]
+    for bad in ((32, 5, 8, 32), (32, 0, 8, 32), (32, 1, 7, 32)):
+        try:
+            discriminator_levels(*bad)
+        except ValueError:
+            continue
+        raise AssertionError(f"accepted {bad}")
+
+
+def test_any_image_size_gives_one_logit_and_one_feature_map_per_block():
+    cases = (  # image_size, scales, sides of the features
+        (224, 5, [112, 56, 28, 14, 7]),
+        (256, 5, [128, 64, 32, 16, 8, 4]),
+        (96, 5, [48, 24, 12, 6]),
+        (32, 3, [16, 8, 4]),
+        (36, 3, [18, 9, 4]),
+        (32, 4, [16, 8, 4]),  # the smallest image joins right before the head
+        (32, 1, [16, 8, 4]),  # single-scale, for LS-GAN
+    )
+    for network in NETWORKS:
+        for image_size, scales, sides in cases:
+            scales = min(scales, len(sides) + 1)
+            images = random_pyramid(2, image_size, scales)
+            logits, features = network(image_size, scales, 4, 8)(images)
+            assert logits.shape == (2,), (network, image_size)
+            assert [f.shape[2] for f in features] == sides, (network, image_size)
+            assert all(f.shape[2] == f.shape[3] for f in features)
+
+
+def test_every_scale_influences_every_logit():
+    torch.manual_seed(0)
+    for network in NETWORKS:
+        for scales in (1, 3, 4):
+            images = [x.requires_grad_() for x in random_pyramid(2, 32, scales)]
+            logits, _ = network(32, scales, 4, 16)(images)
+            for grad in torch.autograd.grad(logits.sum(), images):
+                assert (grad.flatten(1).norm(dim=1) > 1e-6).all(), (network, scales)
+
+
+def test_wrong_number_of_images_is_an_error():
+    for network in NETWORKS:
+        try:
+            network(32, 3, 4, 8)(random_pyramid(1, 32, 2))
+        except ValueError:
+            continue
+        raise AssertionError(network)
+
+
+def test_stylegan2_parameter_count_equals_hand_count():
+    widths = [64, 128, 256, 512, 512, 512]
+    blocks = sum(
+        (9 * c * c + c) + (9 * c * d + d) + c * d  # conv1, conv2, skip
+        for c, d in zip(widths, widths[1:], strict=False)
+    )
+    epilogue = (9 * 513 * 512 + 512) + (49 * 512 * 512 + 512) + (512 + 1)
+    entrances = sum((3 * (c // 2) + c // 2) + c * (c + c // 2) for c in widths[1:5])
+    for scales, expected in ((1, 0), (5, entrances)):
+        with torch.device("meta"):  # counts without allocating
+            disc = StyleGAN2Discriminator(224, scales, 64, 512)
+        count = sum(p.numel() for p in disc.parameters())
+        assert count == 4 * 64 + blocks + epilogue + expected
+
+
+def test_stylegan2_epilogue_stays_in_float32_under_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, features = StyleGAN2Discriminator(16, 2, 4, 8)(random_pyramid(2, 16, 2))
+    assert logits.dtype == torch.float32 and features[0].dtype == torch.bfloat16
+
+
+# ---- Gradient regularisers -----------------------------------------------------------------------
+
+
+def test_r1_of_a_linear_discriminator_is_its_mean_squared_weight():
+    torch.manual_seed(0)
+    weights = [torch.randn(3, s, s, requires_grad=True) for s in (4, 2)]
+    reals = [torch.rand(5, 3, s, s, requires_grad=True) for s in (4, 2)]
+    logits = sum((w * x).sum(dim=(1, 2, 3)) for w, x in zip(weights, reals, strict=True))
+    penalty = r1_penalty(logits, reals)
+    assert_close(penalty, (weights[0].square().sum() + weights[1].square().sum()) / 2)
+    penalty.backward()
+    for w in weights:
+        assert_close(w.grad, w.detach())  # derivative of w^2 / 2
+
+
+def test_r1_trains_both_discriminators():
+    torch.manual_seed(0)
+    for network in NETWORKS:
+        disc = network(16, 2, 4, 8)
+        reals = [x.requires_grad_() for x in random_pyramid(4, 16, 2)]
+        before = r1_penalty(disc(reals)[0], reals)
+        before.backward()
+        steps = [(p, p.grad) for p in disc.parameters() if p.grad is not None]
+        slope = sum(g.square().sum() for _, g in steps).item()
+        size = 0.02 * before.item() / slope  # should lower the penalty by 2 %
+        with torch.no_grad():
+            for p, g in steps:
+                p -= size * g
+        after = r1_penalty(disc(reals)[0], reals)
+        assert abs((1 - after / before).item() - 0.02) < 0.004, network
+
+
+def toy_features(z):
+    """(B, 2, 3) -> two maps of different size, nonlinear in z."""
+    x = torch.sin(z).flatten(1)  # (B, 6)
+    wide = torch.einsum("bi,bj->bij", x, x).view(-1, 4, 3, 3)
+    return [wide, (x[:, :4] * z.flatten(1)[:, 2:]).view(-1, 1, 2, 2)]
+
+
+def test_path_length_energy_equals_brute_force_jacobians():
+    # a^2 is a quadratic form in the noise, so its mean over N(0, I) is its sum over the basis
+    torch.manual_seed(0)
+    z = torch.randn(1, 2, 3, requires_grad=True)
+    jacobians = torch.autograd.functional.jacobian(lambda z: tuple(toy_features(z)), z)
+    expected = sum(j.square().sum() / n for j, n in zip(jacobians, (36, 4), strict=True))
+    expected = expected / (2 * 2)  # J maps, L positions
+    energy = 0.0
+    for k in range(40):
+        noise = torch.eye(40)[k].split((36, 4))
+        noise = [noise[0].view(1, 4, 3, 3), noise[1].view(1, 1, 2, 2)]
+        energy += path_lengths(toy_features(z), z, noise).item() ** 2 - 1e-8
+    assert_close(energy, expected.item(), rtol=1e-4, atol=0)
+
+
+def test_path_length_penalty_equals_brute_force_per_sample():
+    torch.manual_seed(0)
+    z = torch.randn(3, 2, 3, requires_grad=True)
+    noise = [torch.randn_like(f) for f in toy_features(z)]
+    lengths = []
+    for b in range(3):  # one sample at a time, g = sum_j J_j^T eps_j / sqrt(J N_j)
+        jac = torch.autograd.functional.jacobian(lambda z: tuple(toy_features(z)), z[b : b + 1])
+        g = sum(
+            torch.einsum("oi,o->i", j.reshape(n, 6), e[b].flatten()) / math.sqrt(2 * n)
+            for j, e, n in zip(jac, noise, (36, 4), strict=True)
+        )
+        lengths.append(math.sqrt(g.square().sum().item() / 2))  # mean over L = 2
+    expected = 2 * sum((a / 0.7 - 1) ** 2 for a in lengths) / 3
+    got = path_lengths(toy_features(z), z, noise)
+    assert_close(got, torch.tensor(lengths), rtol=1e-4, atol=0)
+    assert_close(path_length_penalty(got, 0.7).item(), expected, rtol=1e-4, atol=0)
+
+
+def test_path_length_gradient_equals_closed_form_and_is_finite_at_zero():
+    # phi = W z, L = 1: a = |W' eps| / sqrt(N), da/dW = eps (W' eps)' / (N a)
+    torch.manual_seed(0)
+    z, eps = torch.randn(1, 1, 3, requires_grad=True), torch.randn(1, 5, 1, 1)
+    for scale in (1.0, 0.0):
+        weight = (scale * torch.randn(5, 3)).requires_grad_()
+        phi = (z.view(1, 3) @ weight.T).view(1, 5, 1, 1)
+        path_length_penalty(path_lengths([phi], z, [eps]), 0.5).backward()
+        pull = weight.detach().T @ eps.view(5)  # (3,)
+        a = math.sqrt(pull.square().sum().item() / 5 + 1e-8)
+        expected = 4 * (a / 0.5 - 1) / 0.5 * torch.outer(eps.view(5), pull) / (5 * a)
+        assert_close(weight.grad, expected)
+
+
+def test_path_length_reaches_the_decoder_through_both_discriminators():
+    torch.manual_seed(0)
+    for network in NETWORKS:
+        disc, decoder = network(16, 2, 4, 8), torch.nn.Linear(6, 3 * 8 * 8)
+        disc.requires_grad_(False)
+        z = torch.randn(4, 1, 6, requires_grad=True)
+        coarse = decoder(z).sigmoid().view(4, 3, 8, 8)
+        _, features = disc([F.interpolate(coarse, scale_factor=2.0), coarse])
+        noise = [torch.randn_like(f) for f in features]
+        path_length_penalty(path_lengths(features, z, noise), 0.01).backward()
+        assert decoder.weight.grad.isfinite().all() and decoder.weight.grad.norm() > 0
+        assert all(p.grad is None for p in disc.parameters())
+
+
+# ---- Adaptive discriminator augmentation ---------------------------------------------------------
+
+GEOMETRY = ("xflip", "rot90", "shift", "zoom", "rotate1", "stretch", "rotate2", "drift")
+COLOUR = ("brightness", "contrast", "luma", "hue", "saturation")
+NO_T, NO_C = torch.eye(3)[None], torch.eye(4)[None]
+
+
+def noise_images(batch, side, seed=0):
+    return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def average_pyramid(images, scales):
+    return [F.avg_pool2d(images, 2**level) if level else images for level in range(scales)]
+
+
+def open_gates(names, table):
+    return torch.tensor([[name in names for name in table]])  # (1, 8) or (1, 5)
+
+
+def slow_sample(image, x, y):
+    """Bilinear value at pixel position (x, y), 0 = first centre, edges mirrored; returns (3,)."""
+    side, value = image.shape[-1], torch.zeros(3)
+    mirrored = [*range(side), *reversed(range(side))]  # period 2 S
+    for i in (math.floor(y), math.floor(y) + 1):
+        for j in (math.floor(x), math.floor(x) + 1):
+            weight = (1 - abs(y - i)) * (1 - abs(x - j))
+            value += weight * image[:, mirrored[i % (2 * side)], mirrored[j % (2 * side)]]
+    return value
+
+
+def slow_geometry(image, names, u, z):
+    """Undo the open transforms one by one, last first, on every output pixel; no matrices."""
+    side, out = image.shape[-1], torch.zeros_like(image)
+
+    def turned(x, y, angle):  # (1, 0) goes to (cos, sin)
+        radius, start = math.hypot(x, y), math.atan2(y, x)
+        return radius * math.cos(start + angle), radius * math.sin(start + angle)
+
+    for row in range(side):
+        for column in range(side):
+            x, y = column - (side - 1) / 2, row - (side - 1) / 2  # pixels from the centre
+            if "drift" in names:
+                x, y = x - 0.125 * z[2] * side, y - 0.125 * z[3] * side
+            if "rotate2" in names:
+                x, y = turned(x, y, -math.pi * (2 * u[5] - 1))
+            if "stretch" in names:
+                x, y = x / 2 ** (0.2 * z[1]), y * 2 ** (0.2 * z[1])
+            if "rotate1" in names:
+                x, y = turned(x, y, -math.pi * (2 * u[4] - 1))
+            if "zoom" in names:
+                x, y = x / 2 ** (0.2 * z[0]), y / 2 ** (0.2 * z[0])
+            if "shift" in names:
+                x, y = (a - round((v - 0.5) / 4 * side) for a, v in ((x, u[2]), (y, u[3])))
+            if "rot90" in names:
+                for _ in range(int(4 * u[1])):
+                    x, y = -y, x
+            if "xflip" in names and u[0] >= 0.5:
+                x = -x
+            out[:, row, column] = slow_sample(image, x + (side - 1) / 2, y + (side - 1) / 2)
+    return out
+
+
+def geometry(images, names, u, z):
+    u, z = torch.tensor([u]), torch.tensor([z])
+    T = geometry_matrix(open_gates(names, GEOMETRY), u, z, images.shape[-1])
+    return AdaAugment()([images], T, NO_C)[0]
+
+
+def test_ada_p_zero_returns_the_images_bitwise():
+    # Sides 28, 14, 7: resampling at the identity would leave rounding errors (not so at 16).
+    ada, images = AdaAugment(), average_pyramid(noise_images(5, 28) * 3 - 1, 3)
+    T, C = ada.sample(torch.arange(5), 28)
+    assert all(torch.equal(a, b) for a, b in zip(ada(images, T, C), images, strict=True))
+
+
+def test_ada_leaves_samples_without_open_gate_bitwise_alone():
+    ada, keys, images = AdaAugment(fixed_p=0.08), torch.arange(64), noise_images(64, 28)
+    T, C = ada.sample(keys, 28)
+    still = torch.tensor([torch.equal(T[b], NO_T[0]) for b in range(64)])
+    plain = torch.tensor([torch.equal(C[b], NO_C[0]) for b in range(64)])
+    alone = still & plain
+    assert 5 < alone.sum() < 59  # a mixed batch
+    pyramid = average_pyramid(images, 2)
+    for before, after in zip(pyramid, ada(pyramid, T, C), strict=True):
+        same = (before == after).flatten(1).all(dim=1)
+        assert torch.equal(same, alone)
+
+
+def test_ada_flips_quarter_turns_and_integer_shifts_are_exact():
+    images, z = noise_images(2, 16), [0.0] * 4
+    close = dict(atol=1e-5, rtol=0)  # float32 grid: 1e-6 of a pixel
+    for u, expected in ((0.75, images.flip(3)), (0.25, images)):
+        got = geometry(images[:1], ("xflip",), [u] * 6, z)
+        torch.testing.assert_close(got, expected[:1], **close)
+    for turns in (1, 2, 3):
+        got = geometry(images[:1], ("rot90",), [0.25 * turns + 0.1] * 6, z)
+        torch.testing.assert_close(got, torch.rot90(images[:1], turns, (2, 3)), **close)
+    # (0.8 - 0.5) * 16 / 4 = 1.2, so 1 to the right; (0.1 - 0.5) * 4 = -1.6, so 2 up.
+    got = geometry(images[:1], ("shift",), [0.5, 0.5, 0.8, 0.1, 0.5, 0.5], z)
+    wide = torch.cat([images.flip(3), images, images.flip(3)], dim=3)
+    mirrored = torch.cat([wide.flip(2), wide, wide.flip(2)], dim=2)  # (2, 3, 48, 48)
+    rolled = mirrored.roll((1, -2), dims=(3, 2))[:, :, 16:32, 16:32]
+    torch.testing.assert_close(got, rolled[:1], **close)
+
+
+def test_ada_geometry_equals_a_pixel_loop_alone_and_in_order():
+    image = noise_images(1, 9)
+    u, z = [0.7, 0.3, 0.9, 0.2, 0.62, 0.17], [1.3, -0.8, 0.6, -1.1]
+    for names in (*((name,) for name in GEOMETRY), GEOMETRY):  # each alone, then all
+        got, expected = geometry(image, names, u, z)[0], slow_geometry(image[0], names, u, z)
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+        assert (got - image[0]).abs().max() > 0.1  # it did something
+
+
+def slow_colour(rgb, names, u, z):
+    """The five colour formulas on one pixel in [-1, 1], a list of three numbers."""
+    axis = 1 / math.sqrt(3)  # of each component of the unit grey vector
+    if "brightness" in names:
+        rgb = [c + 0.2 * z[0] for c in rgb]
+    if "contrast" in names:
+        rgb = [c * 2 ** (0.5 * z[1]) for c in rgb]
+    if "luma" in names and u[0] >= 0.5:
+        rgb = [c - 2 * sum(rgb) / 3 for c in rgb]  # mirror the mean, keep the differences
+    if "hue" in names:  # Rodrigues: c cos + (v x c) sin + v (v . c)(1 - cos)
+        angle, (r, g, b) = math.pi * (2 * u[1] - 1), rgb
+        cross = [axis * (b - g), axis * (r - b), axis * (g - r)]
+        along = axis * axis * sum(rgb) * (1 - math.cos(angle))
+        turned = zip(rgb, cross, strict=True)
+        rgb = [c * math.cos(angle) + k * math.sin(angle) + along for c, k in turned]
+    if "saturation" in names:
+        mean = sum(rgb) / 3
+        rgb = [mean + (c - mean) * 2 ** z[2] for c in rgb]
+    return rgb
+
+
+def test_ada_colour_equals_the_formulas_on_each_pixel_alone_and_in_order():
+    image, u, z = noise_images(1, 4), [0.8, 0.7], [1.2, -0.9, 0.7]
+    for names in (*((name,) for name in COLOUR), COLOUR):
+        C = colour_matrix(open_gates(names, COLOUR), torch.tensor([u]), torch.tensor([z]))
+        got = AdaAugment()([image], NO_T, C)[0]
+        pixels = (2 * image[0] - 1).flatten(1).T.tolist()
+        expected = torch.tensor([slow_colour(rgb, names, u, z) for rgb in pixels])
+        torch.testing.assert_close(2 * got[0].flatten(1).T - 1, expected, atol=1e-5, rtol=0)
+
+
+def test_ada_hue_of_a_third_of_a_turn_permutes_the_channels():
+    # u = 5/6 is an angle of 2 pi / 3 about grey: red goes to green, green to blue, blue to red.
+    image = noise_images(1, 4)
+    hue, u = open_gates(("hue",), COLOUR), torch.tensor([[0.0, 5 / 6]])
+    got = AdaAugment()([image], NO_T, colour_matrix(hue, u, torch.zeros(1, 3)))[0]
+    torch.testing.assert_close(got, image[:, [2, 0, 1]], atol=1e-5, rtol=0)
+
+
+def test_ada_scales_stay_aligned():
+    # Smooth images; the mean difference of aug(down(x)) and down(aug(x)) is a fraction of the
+    # difference of two images (about 0.26), and rounding error for flips and quarter turns.
+    coarse = noise_images(16, 7)
+    images = F.interpolate(coarse, size=(64, 64), mode="bicubic", align_corners=True)
+    pyramid, (_, u, z) = average_pyramid(images, 3), ada_noise(torch.arange(16))
+    for names, bound in ((GEOMETRY[:2], 1e-5), (GEOMETRY, 0.018)):
+        T = geometry_matrix(open_gates(names, GEOMETRY).expand(16, 8), u[:, :6], z[:, :4], 64)
+        finest, *coarser = AdaAugment()(pyramid, T, NO_C)
+        for got, expected in zip(coarser, average_pyramid(finest, 3)[1:], strict=True):
+            assert (got - expected).abs().mean() < bound
+    C = AdaAugment(fixed_p=1.0).sample(torch.arange(16), 64)[1]  # colour commutes with averaging
+    finest, *coarser = AdaAugment()(pyramid, NO_T, C)
+    for got, expected in zip(coarser, average_pyramid(finest, 3)[1:], strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_ada_draw_depends_on_the_key_alone():
+    ada, keys, order = AdaAugment(fixed_p=0.6), torch.tensor([7, -3, 2**40, 0]), [2, 0, 3, 1]
+    images = noise_images(4, 8)
+    T, C = ada.sample(keys, 8)
+    T_again, C_again = ada.sample(keys[order], 8)
+    assert torch.equal(T_again, T[order]) and torch.equal(C_again, C[order])
+    together, alone = ada([images], T, C)[0], ada([images[2:3]], T[2:3], C[2:3])[0]
+    assert torch.equal(together[2:3], alone)
+    near = torch.cat(ada_noise(torch.tensor([5, 6, 5 + 2**32, 5 + 2**62])), dim=1)
+    assert len(near.unique(dim=0)) == 4  # high bits of the key count as well
+
+
+def test_ada_gates_open_with_probability_p():
+    # No change of colour: 4 gates closed, luma closed or drawn 0; of geometry: flip closed or 0,
+    # turn closed or 0, and shift, zoom, rotation (two gates, together p), stretch, drift closed.
+    p, keys = 0.2, torch.arange(4000)
+    T, C = AdaAugment(fixed_p=p).sample(keys, 224)
+    still = (T == NO_T).all(dim=(1, 2)).float().mean().item()
+    plain = (C == NO_C).all(dim=(1, 2)).float().mean().item()
+    assert abs(still - (1 - p / 2) * (1 - 3 * p / 4) * (1 - p) ** 5) < 0.027  # 4 sigma
+    assert abs(plain - (1 - p / 2) * (1 - p) ** 4) < 0.03
+
+
+def test_ada_gradients_of_both_orders_are_right():
+    # A square makes the second order non-zero. One sample has no open gate.
+    keys, ada = torch.tensor([1, 2]), AdaAugment(fixed_p=1.0)
+    T, C = ada.sample(keys, 4)
+    T[1], C[1] = NO_T[0], NO_C[0]
+    images = noise_images(2, 4).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: ada([x], T, C)[0].square(), images)
+    assert torch.autograd.gradgradcheck(lambda x: ada([x], T, C)[0].square(), images)
+
+
+def test_ada_computes_in_float32_under_autocast_and_on_half_precision():
+    ada, images = AdaAugment(fixed_p=1.0), noise_images(3, 8).bfloat16()
+    draw = ada.sample(torch.arange(3), 8)
+    expected = ada([images.float()], *draw)[0]
+    assert torch.equal(ada([images], *draw)[0], expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(x, expected) for x in ada([images, images.float()], *draw))
+
+
+def test_ada_p_rises_on_a_sure_discriminator_and_falls_on_an_unsure_one():
+    # r_t = 1 (sure) or 0 (half the signs +1), target 0.6: 4 batches of 8 are 32 images,
+    # and p moves by 32 / 500 000 = 6.4e-5, at every fourth call only.
+    sure, unsure = torch.full((8, 1), 0.9), torch.tensor([0.9, 0.1]).repeat(4)
+    ada = AdaAugment()
+    for logits, sign in ((sure, 1), (unsure, -1)):
+        ada.p.fill_(0.25)
+        for _ in range(3):
+            ada.update(logits)
+            assert ada.p == 0.25
+        ada.update(logits)
+        assert abs(ada.p.item() - (0.25 + sign * 6.4e-5)) < 5e-8
+    for start, logits in ((0.0, unsure), (1.0, sure)):  # never below 0 or above 1
+        ada.p.fill_(start)
+        for _ in range(4):
+            ada.update(logits)
+        assert ada.p == start
+
+
+def test_ada_p_follows_the_statistics_of_all_ranks():
+    def with_an_unsure_rank(sums):  # three times our images, signs cancelling: r_t = 8 / 32
+        sums += torch.tensor([0.0, 24.0])
+
+    ada = AdaAugment()
+    ada.p.fill_(0.25)
+    for _ in range(4):
+        ada.update(torch.ones(8), with_an_unsure_rank)
+    assert abs(ada.p.item() - (0.25 - 4 * 32 / 500_000)) < 5e-8
+
+
+def test_ada_resumes_from_its_state_dict():
+    ada, resumed = AdaAugment(), AdaAugment()
+    for _ in range(6):  # one change of p and half an interval
+        ada.update(torch.ones(8))
+    resumed.load_state_dict(ada.state_dict())
+    assert resumed.p == ada.p > 0
+    for _ in range(2):
+        ada.update(torch.ones(8)), resumed.update(torch.ones(8))
+    assert resumed.p == ada.p and abs(ada.p.item() - 64 / 500_000) < 5e-8
+
+
+def test_ada_refuses_images_that_are_not_square():
+    T, C = AdaAugment(fixed_p=1.0).sample(torch.arange(1), 8)
+    try:
+        AdaAugment()([torch.zeros(1, 3, 8, 6)], T, C)
+    except ValueError as error:
+        assert "(1, 3, 8, 6)" in str(error)
+    else:
+        raise AssertionError("no error")
+
+
+def test_ada_fixed_p_never_changes():
+    ada = AdaAugment(fixed_p=1.0)
+    before, _ = ada.sample(torch.arange(8), 16)
+    for _ in range(8):
+        ada.update(torch.zeros(8))
+    after, _ = ada.sample(torch.arange(8), 16)
+    assert torch.equal(before, after) and ada.p == 1
+
+
 # ---- The training step ---------------------------------------------------------------------------
 
 
-def naive_objective(run, args, images, noise):
-    """Eq. 6 as one plain graph through G and D, feature terms included -> scalar."""
-    (reconstruction,), mask = run.mae(images, args.mask_ratio, noise)
-    total = train.pixel_loss(losses.LOSSES[args.loss], reconstruction, images, mask, args)
-    if run.disc is not None:
-        logits, fake = run.disc([reconstruction])
-        _, real = run.disc([images])
-        total = total + losses.lsgan_g_loss(logits)
-        if losses.LOSSES[args.loss]["features"] == "disc":
-            total = total + losses.feature_style_loss(fake, real)
-    return total
+def naive_objective(run, args, images, noise, seeds):
+    """Eq. 6 as one plain graph through G and D, feature terms included -> (scalar, D's loss)."""
+    recipe = losses.LOSSES[args.loss]
+    fakes, mask = run.mae(images, args.mask_ratio, noise)
+    reals = [F.avg_pool2d(images, 2**i) if i else images for i in range(len(fakes))]
+    total = train.pixel_loss(recipe, fakes, reals, mask, args)
+    if run.disc is None:
+        return total, None
+    if recipe["ada"]:
+        transform = run.ada.sample(seeds, 32)
+        fakes, reals = run.ada(fakes, *transform), run.ada(reals, *transform)
+    logits, fake = run.disc(fakes)
+    logits_real, real = run.disc(reals)
+    total = total + losses.lsgan_g_loss(logits)
+    if recipe["features"] == "disc":
+        total = total + losses.feature_style_loss(fake, real)
+    return total, losses.lsgan_d_loss(logits_real, logits)
 
 
 def test_every_row_gives_g_the_gradient_of_eq_6_and_d_that_of_eq_4():
-    images, noise = tiny_batch()
-    for loss in losses.LOSSES:
-        run, args = tiny_run("--loss", loss)
+    batch = tiny_batch()
+    for loss, arch in ROWS:
+        run, args = tiny_run("--loss", loss, "--arch", arch, "--ada-p", "0.5")
         active = losses.LOSSES[loss]["features"] is not None
-        train.backward(run, images, noise, active, 1.0, args)
+        train.backward(run, *batch, active, 1.0, args)
         wanted = gradients(run.mae)
         wanted_d = None if run.disc is None else gradients(run.disc)
         train.update(run, apply=False)
 
-        naive_objective(run, args, images, noise).backward()
-        close(gradients(run.mae), wanted, 1e-5 * wanted.abs().max().item())
+        objective, loss_d = naive_objective(run, args, *batch)
+        parameters = [p for p in run.mae.parameters() if p.requires_grad]
+        direct = torch.autograd.grad(objective, parameters, retain_graph=True)
+        direct = torch.cat([g.flatten() for g in direct])
+        close(direct, wanted, 1e-4 * wanted.abs().max().item())
         if run.disc is not None:  # D: from eq. 4 alone, nothing of what G minimises
-            run.disc.zero_grad()
-            with torch.no_grad():
-                (fake,), _ = run.mae(images, args.mask_ratio, noise)
-            losses.lsgan_d_loss(run.disc([images])[0], run.disc([fake])[0]).backward()
-            close(gradients(run.disc), wanted_d, 1e-5 * wanted_d.abs().max().item())
+            direct = torch.autograd.grad(loss_d, list(run.disc.parameters()))
+            direct = torch.cat([g.flatten() for g in direct])
+            close(direct, wanted_d, 1e-4 * wanted_d.abs().max().item())
 
 
 def test_d_loss_leaves_g_without_gradient():
@@ -404,35 +1017,119 @@ def test_d_loss_leaves_g_without_gradient():
 
 
 def test_perceptual_term_alone_reaches_the_first_encoder_block():
-    images, noise = tiny_batch()
-    for loss in [name for name, recipe in losses.LOSSES.items() if recipe["features"]]:
-        off = ["--pixel-weight", "0", "--adversarial-weight", "0"]
+    batch = tiny_batch()
+    for loss, arch in [(n, a) for n, a in ROWS if losses.LOSSES[n]["features"]]:
+        off = ["--pixel-weight", "0", "--adversarial-weight", "0", "--arch", arch]
         for kept in (["--delta-s", "0"], ["--delta-f", "0"]):  # the feature term, the style term
             run, args = tiny_run("--loss", loss, *off, *kept)
-            train.backward(run, images, noise, True, 1.0, args)
+            train.backward(run, *batch, True, 1.0, args)
             assert run.mae.blocks[0].attn.qkv.weight.grad.abs().max() > 0, (loss, kept)
             assert run.mae.patch_embed.proj.weight.grad.abs().max() > 0, (loss, kept)
         run, args = tiny_run("--loss", loss, *off)  # an odd epoch: nothing is left
-        train.backward(run, images, noise, False, 1.0, args)
+        train.backward(run, *batch, False, 1.0, args)
         assert gradients(run.mae).abs().max() == 0
 
 
+def test_perceptual_term_reaches_the_first_encoder_block_through_every_scale():
+    images, noise, _ = tiny_batch()
+    for loss in ("msg_gan_p", "stylegan2_ada_p"):
+        run, _ = tiny_run("--loss", loss)
+        fakes, _ = run.mae(images, 0.75, noise)
+        assert len(fakes) == 4
+        _, real = run.disc(losses.pyramid(images, 4))
+        for scale in range(3):  # D has no block after the fourth entrance, which joins its head
+            alone = [f if i == scale else f.detach() for i, f in enumerate(fakes)]
+            _, fake = run.disc(alone)
+            term = losses.feature_style_loss(fake, real)
+            weight = run.mae.blocks[0].attn.qkv.weight
+            (gradient,) = torch.autograd.grad(term, weight, retain_graph=True)
+            assert gradient.abs().max() > 0, (loss, scale)
+
+
+def test_reconstructions_are_a_pyramid_finest_first():
+    for size, patch, sides in (
+        (224, 16, [224, 112, 56, 28, 14]),
+        (64, 8, [64, 32, 16, 8]),
+        (32, 4, [32, 16, 8]),
+    ):
+        for arch in ("mae", "msg_mae"):
+            mae = model.build_mae("tiny", size, patch, arch, scales=len(sides))
+            with torch.no_grad():
+                fakes, _ = mae(torch.rand(1, 3, size, size))
+            assert [f.shape[2] for f in fakes] == sides
+            # A scale's head sees each token by itself: constant tokens give constant patches.
+        means = [p.mean((2, 3)) for p in losses.pyramid(torch.rand(1, 3, size, size), len(sides))]
+        for level in means[1:]:
+            close(level, means[0], 1e-5)  # averaging keeps the mean
+
+
+def test_skips_that_pass_the_decoder_half_alone_leave_a_plain_mae():
+    torch.manual_seed(0)
+    plain, skipping = model.build_mae("tiny", 32, 8), model.build_mae("tiny", 32, 8, "msg_mae")
+    missing, unexpected = skipping.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected and all(name.startswith("decoder_fuse.") for name in missing)
+    images, noise, _ = tiny_batch(2)
+    with torch.no_grad():
+        (expected,), _ = plain(images, 0.75, noise)
+        (with_skips,), _ = skipping(images, 0.75, noise)
+        assert (with_skips - expected).abs().max() > 1e-3  # the skips do something
+        for layer in skipping.decoder_fuse:
+            layer.weight.copy_(torch.cat([torch.eye(128), torch.zeros(128, 128)], dim=1))
+        close(skipping(images, 0.75, noise)[0][0], expected, 1e-5)
+
+
+def test_skips_run_from_deep_to_shallow_and_cost_at_most_5_percent():
+    with torch.device("meta"):  # counts without allocating
+        plain = model.build_mae("base")
+        skipping = model.build_mae("base", arch="msg_mae", scales=5)
+    # Encoder levels of decoder blocks 2 to 8: from 11 (12 is the decoder's input) to 1.
+    levels = skipping.skip_levels
+    assert len(levels) == 7 and levels[0] == 11 and levels[-1] == 1
+    assert all(a > b for a, b in zip(levels, levels[1:], strict=False))
+    ratio = sum(p.numel() for p in skipping.parameters()) / sum(
+        p.numel() for p in plain.parameters()
+    )
+    assert 1 < ratio <= 1.05  # PAPER: Table 4, +5 %
+    encoder = {k for k in plain.state_dict() if "decoder" not in k}
+    assert encoder <= set(skipping.state_dict())
+
+
 def test_accumulated_halves_equal_the_whole_batch():
-    images, noise = tiny_batch()
-    whole, args = tiny_run("--loss", "ls_gan_p")
-    halves, _ = tiny_run("--loss", "ls_gan_p")
-    pixels = (images * 255).byte()
-    train.accumulate(whole, [(pixels, noise)], True, args)
-    train.accumulate(halves, [(pixels[:2], noise[:2]), (pixels[2:], noise[2:])], True, args)
-    for name in ("mae", "disc"):
-        a, b = gradients(getattr(whole, name)), gradients(getattr(halves, name))
-        close(a, b, 1e-4 * a.abs().max().item())
+    images, noise, seeds = tiny_batch(8)
+    pixels = ((images * 255).byte(), noise, seeds)
+    for loss in ("ls_gan_p", "msg_gan_p"):
+        whole, args = tiny_run("--loss", loss)
+        parts, _ = tiny_run("--loss", loss)
+        train.accumulate(whole, [pixels], True, train.new_progress(), args)
+        two = [tuple(p[:4] for p in pixels), tuple(p[4:] for p in pixels)]
+        train.accumulate(parts, two, True, train.new_progress(), args)
+        for name in ("mae", "disc"):
+            a, b = gradients(getattr(whole, name)), gradients(getattr(parts, name))
+            close(a, b, 1e-4 * a.abs().max().item())
+
+
+def test_lazy_regularisers_reach_their_network_alone_and_in_their_turn():
+    images, noise, seeds = tiny_batch()
+    batch = [((images * 255).byte(), noise, seeds)]
+    off = ["--pixel-weight", "0", "--adversarial-weight", "0", "--delta-f", "0", "--delta-s", "0"]
+    run, args = tiny_run("--loss", "stylegan2_ada_p", *off, "--ada-p", "0.5")
+    progress = train.new_progress()
+    terms = train.regularise(run, images, noise, seeds, 1.0, progress, args)
+    assert set(terms) == {"path_length"} and progress["path_mean"] > 0
+    assert all(p.grad is None for p in run.disc.parameters())
+    assert run.mae.blocks[0].attn.qkv.weight.grad.abs().max() > 0  # the encoder feels it, too
+    for step, expected in ((1, set()), (4, {"path_length"})):
+        progress["step"] = step
+        assert set(train.regularise(run, images, noise, seeds, 1.0, progress, args)) == expected
+    run, args = tiny_run("--loss", "ls_gan", *off, "--r1-gamma", "1")
+    assert set(train.accumulate(run, batch, False, train.new_progress(), args)) >= {"r1"}
+    assert gradients(run.mae).abs().max() == 0
 
 
 def test_gradient_scaler_changes_no_update():
     # float32 with a scaler must step exactly as without: every loss is scaled once, and only once.
-    images, noise = tiny_batch()
-    runs = [tiny_run("--loss", "ls_gan_p") for _ in range(2)]
+    batch = tiny_batch()
+    runs = [tiny_run("--loss", "stylegan2_ada_p") for _ in range(2)]
     scaled = runs[1][0]
     scaled.scaler_g = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     scaled.scaler_d = torch.amp.GradScaler("cpu", init_scale=2.0**4)
@@ -440,8 +1137,9 @@ def test_gradient_scaler_changes_no_update():
         for optimizer in (run.opt_g, run.opt_d):  # plain steps: Adam would hide a wrong factor
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             name = "opt_g" if optimizer is run.opt_g else "opt_d"
-            setattr(run, name, torch.optim.SGD(parameters, lr=0.1))
-        train.backward(run, images, noise, True, 1.0, args)
+            setattr(run, name, torch.optim.SGD(parameters, lr=1e-3))
+        train.regularise(run, *batch, 1.0, train.new_progress(), args)
+        train.backward(run, *batch, True, 1.0, args)
         train.update(run, apply=True)
     for name in ("mae", "disc"):
         a, b = (torch.cat([p.flatten() for p in getattr(r, name).parameters()]) for r, _ in runs)
@@ -452,13 +1150,15 @@ def test_every_row_learns_a_batch_by_heart():
     images = torch.stack([data.to_float(s[0]) for s in shapes_samples(4)])
     noise = torch.rand(4, 16, generator=torch.Generator().manual_seed(0))
     for loss in losses.LOSSES:
-        run, args = tiny_run("--loss", loss, "--lr", "1e-3")
+        # Thirty steps show whether gradients work, not how the two players balance.
+        run, args = tiny_run("--loss", loss, "--lr", "1e-3", "--adversarial-weight", "0.1")
         args.warmup_epochs = 0
         train.set_learning_rates(run, train.new_progress(), 1000, args)
         history = []
         for step in range(30):
             active = losses.LOSSES[loss]["features"] is not None and step % 2 == 1
-            history.append(train.backward(run, images, noise, active, 1.0, args)["pixel"].item())
+            terms = train.backward(run, images, noise, torch.arange(4), active, 1.0, args)
+            history.append(terms["pixel"].item())
             train.update(run, apply=True)
         assert np.mean(history[-3:]) < 0.75 * np.mean(history[:3]), (loss, history)
 
@@ -736,7 +1436,7 @@ def test_pictures_show_every_pixel_enlarged_by_a_whole_factor():
 def test_norm_pix_pictures_put_back_true_statistics():
     # A network that predicts each patch's normalised target perfectly shows the very image.
     run, args = tiny_run("--norm-pix-loss")
-    images, noise = tiny_batch(1)
+    images, noise, _ = tiny_batch(1)
     target = losses.patchify(model.imagenet_normalize(images), 8)
     target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()
     perfect = model.imagenet_denormalize(model.unpatchify(target, 8))
@@ -895,7 +1595,9 @@ def launch(*flags, **environment):
 def test_a_run_killed_in_mid_epoch_and_one_told_to_stop_end_like_one_never_stopped():
     with tempfile.TemporaryDirectory() as folder:
         flags = ["train.py", *TINY, "--batch-size", 4, "--val-images", 4, "--workers", 2]
-        flags += ["--loss", "ls_gan_p", "--limit-images", 80, "--epochs", 2, "--save-steps", 7]
+        # The row with the most state: ADA's p, the running mean of path lengths.
+        flags += ["--loss", "stylegan2_ada_p", "--ada-images", 500, "--limit-images", 80]
+        flags += ["--epochs", 2, "--save-steps", 7]
         whole = launch(*flags, "--out", folder + "/once")
         broken = launch(*flags, "--out", folder + "/twice")
         checkpoint = Path(folder) / "twice" / "checkpoint.pt"
@@ -918,6 +1620,23 @@ def test_a_run_killed_in_mid_epoch_and_one_told_to_stop_end_like_one_never_stopp
         same_weights(folder + "/once", folder + "/twice")
         rows = (Path(folder) / "twice" / "log.jsonl").read_text().splitlines()
         assert [json.loads(row)["epoch"] for row in rows] == [1, 2]
+        assert json.loads(rows[1])["ada_p"] > 0  # so that its state mattered
+
+
+def row_gradients(loss, arch, part, accum):
+    """For `part` (a slice) of a batch, every regulariser on: gradients of G and D, ADA's state."""
+    run, args = tiny_run("--loss", loss, "--arch", arch, "--r1-gamma", "0.1", "--ada-images", "100")
+    images, noise, seeds = (x[part] for x in tiny_batch(16))
+    pixels = (images * 255).byte()
+    if run.ada is not None:
+        run.ada.p.fill_(0.5)
+    batches = list(zip(*(x.chunk(accum) for x in (pixels, noise, seeds)), strict=True))
+    progress = train.new_progress()
+    active = losses.LOSSES[loss]["features"] is not None
+    train.accumulate(run, batches, active, progress, args)
+    results = [gradients(n) for n in (run.mae, run.disc) if n is not None]
+    state = list(run.ada.state_dict().values()) if run.ada is not None else []
+    return results, [*state, torch.tensor(progress["path_mean"])]
 
 
 def gloo_gradients(folder):
@@ -925,14 +1644,10 @@ def gloo_gradients(folder):
     train.start_processes()
     rank = int(os.environ["RANK"])
     results = {}
-    for loss in losses.LOSSES:
-        run, args = tiny_run("--loss", loss)
-        images, noise = tiny_batch(8)
-        pixels, noise = (images * 255).byte()[rank::2], noise[rank::2]
-        batches = [(pixels[:2], noise[:2]), (pixels[2:], noise[2:])]  # accumulated, too
-        train.accumulate(run, batches, losses.LOSSES[loss]["features"] is not None, args)
-        results[loss] = [gradients(n) for n in (run.mae, run.disc) if n is not None]
-    torch.save(results, Path(folder) / f"rank{rank}.pt")
+    for loss, arch in ROWS:  # accumulated, too, where no statistic spans the batch
+        accum = 1 if losses.LOSSES[loss]["ada"] else 2
+        results[loss, arch] = row_gradients(loss, arch, slice(rank, None, 2), accum)
+    torch.save(list(results.items()), Path(folder) / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -948,16 +1663,17 @@ def test_two_processes_give_the_gradients_of_one_for_every_row():
         ]  # fmt: skip
         for process in ranks:
             assert process.wait() == 0, process.stdout.read()
-        halves = [torch.load(Path(folder) / f"rank{r}.pt", weights_only=True) for r in range(2)]
-    for loss in losses.LOSSES:
-        run, args = tiny_run("--loss", loss)
-        images, noise = tiny_batch(8)
-        active = losses.LOSSES[loss]["features"] is not None
-        train.accumulate(run, [((images * 255).byte(), noise)], active, args)
-        whole = [gradients(n) for n in (run.mae, run.disc) if n is not None]
-        for expected, first, second in zip(whole, halves[0][loss], halves[1][loss], strict=True):
-            assert torch.equal(first, second), loss  # the processes agree
-            close(first, expected, 1e-4 * expected.abs().max().item())
+        parts = [
+            dict(torch.load(Path(folder) / f"rank{r}.pt", weights_only=True)) for r in range(2)
+        ]
+    for row in ROWS:
+        whole, state = row_gradients(*row, slice(None), 1)
+        for expected, first, second in zip(whole, parts[0][row][0], parts[1][row][0], strict=True):
+            assert torch.equal(first, second), row  # the processes agree
+            close(first, expected, 2e-4 * expected.abs().max().item())
+        for expected, first, second in zip(state, parts[0][row][1], parts[1][row][1], strict=True):
+            assert torch.equal(first, second), row
+            close(first, expected, 1e-5)
 
 
 # ---- Runner --------------------------------------------------------------------------------------

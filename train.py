@@ -30,6 +30,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -53,17 +54,24 @@ from losses import (
     ms_ssim_l1,
     patch_statistics,
     patchify,
+    path_length_penalty,
+    path_lengths,
     psnr,
+    pyramid,
+    r1_penalty,
     ssim,
     style_loss,
 )
 from model import (
+    DISCRIMINATOR_ADAM,
     DISCRIMINATOR_WIDTHS,
     MAE_SIZES,
+    AdaAugment,
     build_discriminator,
     build_mae,
     imagenet_denormalize,
     imagenet_normalize,
+    random_masking,
     unpatchify,
 )
 
@@ -90,6 +98,7 @@ DEMO = dict(
 ARGUMENTS_THAT_MUST_FIT = (
     "loss",
     "model",
+    "arch",
     "image_size",
     "patch_size",
     "norm_pix_loss",
@@ -225,8 +234,9 @@ def build_run(args, device):
     """What trains: G and D with an optimiser and a gradient scaler each, device and precision.
 
     -> namespace of device, dtype (autocast's, None = float32), mae, opt_g, scaler_g, disc, opt_d,
-    scaler_d; the last three are None for rows without an adversary.
+    scaler_d, ada; the last four are None for rows without an adversary, or without ADA.
     """
+    recipe = LOSSES[args.loss]
     dtype = choose_precision(args.amp, device)
 
     def scaler():  # passes losses through unless precision is fp16
@@ -234,22 +244,36 @@ def build_run(args, device):
 
     torch.manual_seed(args.seed)  # the same initial weights on every process
     try:
-        mae = build_mae(args.model, args.image_size, args.patch_size).to(device)
+        scales = image_scales(args)
+        mae = build_mae(args.model, args.image_size, args.patch_size, args.arch, scales).to(device)
+        disc = None
+        if recipe["adversary"]:
+            disc = build_discriminator(
+                recipe["adversary"], args.image_size, scales, args.d_channels, args.d_max
+            ).to(device, memory_format=torch.channels_last)  # faster, where the kernels are good
     except ValueError as error:  # sizes that do not fit each other
         fail(str(error))
     groups = parameter_groups(mae, args.weight_decay)
     opt_g = torch.optim.AdamW(groups, betas=tuple(args.betas), fused=True)
     run = SimpleNamespace(
         device=device, dtype=dtype, mae=wrap(mae, device), opt_g=opt_g, scaler_g=scaler(),
-        disc=None, opt_d=None, scaler_d=None,
+        disc=None, opt_d=None, scaler_d=None, ada=None,
     )  # fmt: skip
-    if LOSSES[args.loss]["adversary"]:
-        disc = build_discriminator(args.image_size, args.d_channels, args.d_max)
-        disc = disc.to(device, memory_format=torch.channels_last)  # convolutions: 10 % faster
+    if disc is not None:
         run.disc, run.scaler_d = wrap(disc, device), scaler()
         # PAPER SILENT: D's optimiser. Adam with GAN betas and no decay (the authors' code: G's).
         run.opt_d = torch.optim.Adam(disc.parameters(), betas=tuple(args.d_betas), fused=True)
+    if recipe["ada"]:
+        run.ada = AdaAugment(
+            target=args.ada_target, ramp_images=args.ada_images, fixed_p=args.ada_p
+        ).to(device)
     return run
+
+
+def image_scales(args):
+    """How many scales G puts out: down to one pixel a patch where anything looks at them, or 1."""
+    looks = args.arch == "msg_mae" or LOSSES[args.loss]["adversary"] in ("msg", "stylegan2")
+    return args.patch_size.bit_length() if looks else 1
 
 
 def parameter_groups(module, weight_decay):
@@ -300,16 +324,29 @@ def set_learning_rates(run, progress, steps_per_epoch, args):
 # ---- The training step ---------------------------------------------------------------------------
 
 
-def pixel_loss(recipe, reconstruction, images, mask, args):
-    """The pixel term of a LOSSES row: scalar, before its weight."""
-    if recipe["pixel"] == "mse":
-        return masked_mse(reconstruction, images, mask, args.patch_size, args.norm_pix_loss)
-    if recipe["pixel"] == "ms_ssim_l1":
-        return ms_ssim_l1(reconstruction, images, alpha=args.alpha)
-    # PAPER: eq. 1, L1 of the full image (the authors' code: also). PAPER SILENT: its unit. Ours is
-    # the ImageNet-normalised pixel, what the MAE head predicts and `masked_mse` compares.
-    difference = imagenet_normalize(reconstruction) - imagenet_normalize(images)
-    return difference.abs().mean()
+def pixel_loss(recipe, reconstructions, reals, mask, args):
+    """The pixel term of a LOSSES row: scalar, before its weight. Lists of scales, finest first.
+
+    PAPER SILENT: whether it covers one scale or all. Ours averages over the scales;
+    --pixel-scales finest takes the first alone.
+    """
+    if args.pixel_scales == "finest":
+        reconstructions, reals = reconstructions[:1], reals[:1]
+    terms = []
+    for level, (fake, real) in enumerate(zip(reconstructions, reals, strict=True)):
+        if recipe["pixel"] == "mse":
+            patch_size = args.patch_size >> level
+            norm_pix = args.norm_pix_loss and level == 0  # a one-pixel patch has no contrast
+            terms.append(masked_mse(fake, real, mask, patch_size, norm_pix))
+        elif recipe["pixel"] == "ms_ssim_l1":
+            fitting = min(4, (real.shape[2] // 3).bit_length())  # small images have fewer scales
+            terms.append(ms_ssim_l1(fake, real, alpha=args.alpha, scales=fitting))
+        else:
+            # PAPER: eq. 1, L1 of the full image (the authors' code: also). PAPER SILENT: its unit.
+            # Ours is the ImageNet-normalised pixel, which the MAE head predicts.
+            difference = imagenet_normalize(fake) - imagenet_normalize(real)
+            terms.append(difference.abs().mean())
+    return sum(terms) / len(terms)
 
 
 def discriminator_terms(logits_fake, features_fake, features_real, features_active, args):
@@ -321,12 +358,13 @@ def discriminator_terms(logits_fake, features_fake, features_real, features_acti
     return terms
 
 
-def backward(run, images, noise, features_active, share, args):
+def backward(run, images, noise, seeds, features_active, share, args):
     """Add the gradients of one batch to G's and D's parameters; updates nothing.
 
-    images: (B, 3, H, W) in [0, 1]. noise: (B, N), fixes the masks. features_active: is this an
-    epoch of eq. 3? share: this batch's part of the step, 1 / accum. Returns {name: detached
-    scalar}: each loss term as it enters the sum, and D's accuracies.
+    images: (B, 3, H, W) in [0, 1]. noise: (B, N), fixes the masks. seeds: (B,), fix what else is
+    drawn for a sample. features_active: is this an epoch of eq. 3? share: this batch's part of the
+    step, 1 / accum. Returns {name: detached scalar}: each loss term as it enters the sum, and D's
+    accuracies.
 
     PAPER SILENT: the order of G's and D's updates. Both gradients are taken here at the same
     weights, so that one forward pass of D serves its own loss, the adversarial term and phi of
@@ -335,28 +373,35 @@ def backward(run, images, noise, features_active, share, args):
     recipe = LOSSES[args.loss]
     with autocast(run):
         reconstructions, mask = run.mae(images, args.mask_ratio, noise)
-    pixel = args.pixel_weight * pixel_loss(recipe, reconstructions[0], images, mask, args)
+    reals = pyramid(images, len(reconstructions))
+    pixel = args.pixel_weight * pixel_loss(recipe, reconstructions, reals, mask, args)
+    scaled_pixel = run.scaler_g.scale(pixel * share)
     if run.disc is None:
-        run.scaler_g.scale(pixel * share).backward()
+        untouched = [torch.zeros_like(r) for r in reconstructions]  # DDP wants every output used
+        torch.autograd.backward([scaled_pixel, *reconstructions], [None, *untouched])
         return {"pixel": pixel.detach()}
 
     # D sees the reconstructions as leaves: its loss cannot reach G, and what G should change is
     # read off at the images.
     fakes = [r.detach().requires_grad_() for r in reconstructions]
+    seen_real, seen_fake = augment(run, seeds, args, reals, fakes)
     with autocast(run):
-        logits_real, features_real = run.disc([images])
-        logits_fake, features_fake = run.disc(fakes)
+        logits_real, features_real = run.disc(seen_real)
+        logits_fake, features_fake = run.disc(seen_fake)
 
     # G: from each term through D to the images (D's parameters get nothing), then through the MAE.
     terms = discriminator_terms(logits_fake, features_fake, features_real, features_active, args)
     objective = run.scaler_g.scale(sum(terms.values()) * share)
-    at_images = torch.autograd.grad(objective, fakes, retain_graph=True)
-    scaled_pixel = run.scaler_g.scale(pixel * share)
+    at_images = torch.autograd.grad(
+        objective, fakes, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
     torch.autograd.backward([scaled_pixel, *reconstructions], [None, *at_images])
 
     # D: from its own loss to its parameters.
     loss_d = lsgan_d_loss(logits_real, logits_fake)
     run.scaler_d.scale(loss_d * share).backward()
+    if run.ada is not None:
+        run.ada.update(logits_real.detach(), dist.all_reduce if dist.is_initialized() else None)
 
     report = {"pixel": pixel, **terms, "discriminator": loss_d}
     report["d_accuracy_real"] = (logits_real > 0.5).float().mean()
@@ -364,19 +409,80 @@ def backward(run, images, noise, features_active, share, args):
     return {name: value.detach() for name, value in report.items()}
 
 
-def accumulate(run, batches, features_active, args):
-    """`backward` over the batches of one step -> {name: mean of the term over them}."""
-    totals = {}
-    for number, (images, noise, *_) in enumerate(batches, start=1):
+def augment(run, seeds, args, *pyramids):
+    """ADA on image pyramids, one draw an image for all of them; they come back as a list."""
+    if run.ada is None:
+        return list(pyramids)
+    transform = run.ada.sample(seeds, args.image_size)
+    return [run.ada(images, *transform) for images in pyramids]
+
+
+def regularise(run, images, noise, seeds, share, progress, args):
+    """Add the lazy regularisers' gradients, in the steps whose turn it is -> {name: scalar}.
+
+    Each acts every so many steps with its weight multiplied by as many, in float32. They run on the
+    unwrapped networks and before `backward`, whose DDP exchange then averages the sum of both.
+    """
+    recipe, terms = LOSSES[args.loss], {}
+    if recipe["path"] and args.path_weight and progress["step"] % args.path_every == 0:
+        terms["path_length"] = path_step(run, images, noise, seeds, share, progress, args)
+    if run.disc is not None and args.r1_gamma and progress["step"] % args.r1_every == 0:
+        # x of R1 is the real image before augmentation, one leaf a scale.
+        reals = [x.detach().requires_grad_() for x in pyramid(images, image_scales(args))]
+        (seen,) = augment(run, seeds, args, reals)
+        logits, _ = unwrap(run.disc)(seen)
+        penalty = args.r1_gamma / 2 * r1_penalty(logits, reals)
+        scaled = run.scaler_d.scale(penalty * args.r1_every * share)
+        scaled.backward(inputs=list(run.disc.parameters()))
+        terms["r1"] = penalty.detach()
+    return terms
+
+
+def path_step(run, images, noise, seeds, share, progress, args):
+    """Path-length regularisation of G; keeps its running mean in `progress` -> detached penalty."""
+    mae, disc = unwrap(run.mae), unwrap(run.disc)
+    ids_keep, ids_restore, _ = random_masking(noise, args.mask_ratio)
+    inputs = mae.decoder_inputs(images, ids_keep, ids_restore)
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
+        (seen,) = augment(run, seeds, args, mae.decode(inputs))
+        _, features = disc(seen)
+    draws = zip(*(feature_noise(seed, features) for seed in seeds.tolist()), strict=True)
+    lengths = path_lengths(features, inputs[0], [torch.stack(d).to(run.device) for d in draws])
+    mean = across_processes({"mean": lengths.detach().mean()}, run.device)["mean"] / world_size()
+    before = progress["path_mean"]
+    progress["path_mean"] = before + 0.01 * (mean - before) if before else mean
+    penalty = args.path_weight / 2 * path_length_penalty(lengths, progress["path_mean"])
+    scaled = run.scaler_g.scale(penalty * args.path_every * share)
+    scaled.backward(inputs=[p for p in mae.parameters() if p.requires_grad])
+    return penalty.detach()
+
+
+def feature_noise(seed, features):
+    """One sample's N(0, 1) noise for D's feature maps, a function of its seed: [(C, h, w)]."""
+    generator = torch.Generator().manual_seed(seed + 1)  # not the augmentation's numbers
+    return [torch.randn(f.shape[1:], generator=generator) for f in features]
+
+
+def accumulate(run, batches, features_active, progress, args):
+    """Gradients of the batches of one step, averaged -> {name: mean of the term over them}."""
+    totals, share = {}, 1 / len(batches)
+
+    def count(terms):
+        for name, value in terms.items():
+            totals[name] = totals.get(name, 0) + value * share
+
+    on_device = []
+    for images, noise, seeds, *_ in batches:
         images = to_float(images.to(run.device, non_blocking=True))
-        noise = noise.to(run.device, non_blocking=True)
+        on_device.append((images, noise.to(run.device, non_blocking=True), seeds))
+    for batch in on_device:
+        count(regularise(run, *batch, share, progress, args))
+    for number, batch in enumerate(on_device, start=1):
         with ExitStack() as stack:
             if dist.is_initialized() and number < len(batches):
                 for network in filter(None, (run.mae, run.disc)):
                     stack.enter_context(network.no_sync())  # processes exchange with the last one
-            terms = backward(run, images, noise, features_active, 1 / len(batches), args)
-        for name, value in terms.items():
-            totals[name] = totals.get(name, 0) + value / len(batches)
+            count(backward(run, *batch, features_active, share, args))
     return totals
 
 
@@ -403,6 +509,7 @@ def new_progress():
         "sums": {},  # of each term over this epoch's counted steps
         "counted": 0,  # steps in `sums`; non-finite ones are not
         "seconds": 0.0,  # spent training in this epoch
+        "path_mean": 0.0,  # running mean of path lengths, 0 = none yet
         "bad_images": [],  # unreadable ones, distinct, over all processes
         "layout": {},  # see `resume`
     }
@@ -410,7 +517,7 @@ def new_progress():
 
 def stateful(run):
     """The parts of a run with a state_dict, by their names in a checkpoint."""
-    parts = {name: getattr(run, name) for name in ("mae", "disc", "opt_g", "opt_d")}
+    parts = {name: getattr(run, name) for name in ("mae", "disc", "opt_g", "opt_d", "ada")}
     parts |= {name: getattr(run, name) for name in ("scaler_g", "scaler_d")}
     return {
         name: unwrap(part) if isinstance(part, torch.nn.Module) else part
@@ -605,12 +712,14 @@ def benchmark(args, device, world):
     size, B = args.image_size, args.batch_size
     images = torch.randint(0, 256, (B, 3, size, size), generator=generator, dtype=torch.uint8)
     noise = torch.rand(B, unwrap(run.mae).side ** 2, generator=generator)
-    set_learning_rates(run, new_progress(), 1, args)
+    seeds, progress = torch.arange(B), new_progress()
+    set_learning_rates(run, progress, 1, args)
     seconds = []
     for number in range(2 + args.benchmark):  # two steps to warm up
         began = time.perf_counter()
-        accumulate(run, [(images, noise)] * args.accum, active, args)
+        accumulate(run, [(images, noise, seeds)] * args.accum, active, progress, args)
         update(run, apply=True)
+        progress["step"] += 1
         if device.type == "cuda":
             torch.cuda.synchronize()
         if number >= 2:
@@ -725,6 +834,8 @@ def finish_epoch(run, progress, lr, val, args):
     row = {"epoch": epoch, "step": progress["step"], "lr": lr}
     row["features_active"] = features_active(args, epoch)
     row |= {name: total / counted for name, total in progress["sums"].items()}
+    if run.ada is not None:
+        row["ada_p"] = float(run.ada.p)
     images, noise, bad_validation = val
     row |= validate(run, images, noise, args)
     if args.norm_pix_loss:
@@ -740,7 +851,7 @@ def finish_epoch(run, progress, lr, val, args):
             picture = Path(args.out) / "pictures" / f"epoch_{epoch:04d}.png"
             draw_reconstructions(picture, run, images[:8], noise[:8], args)
     say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-    kept = {name: progress[name] for name in ("step", "bad_images", "layout")}
+    kept = {name: progress[name] for name in ("step", "bad_images", "layout", "path_mean")}
     progress |= new_progress() | kept | {"epoch": epoch + 1}
 
 
@@ -773,6 +884,12 @@ def build_parser():
     g.add_argument("--demo", action="store_true", help="small preset on `shapes`, 4 minutes on CPU")
     g.add_argument("--loss", choices=LOSSES, default="mse", help="row of the paper's tables")
     g.add_argument("--model", choices=MAE_SIZES, default="base", help="paper: base, large")
+    g.add_argument(
+        "--arch",
+        choices=["auto", "mae", "msg_mae"],
+        default="auto",
+        help="auto: what the paper pairs with the loss",
+    )
     g.add_argument("--image-size", type=at_least(16), default=224, help="side in pixels")
     g.add_argument("--patch-size", type=at_least(2), default=16, help="pixels, a power of two")
     g.add_argument("--mask-ratio", type=positive, default=0.75, help="hidden part of the patches")
@@ -793,6 +910,12 @@ def build_parser():
 
     g = parser.add_argument_group("weights of the loss terms (eq. 2, 3 and 6)")
     g.add_argument("--pixel-weight", type=at_least(0, float), default=1.0, help="of the pixel term")
+    g.add_argument(
+        "--pixel-scales",
+        choices=["all", "finest"],
+        default="all",
+        help="scales of the pixel term, where there are several",
+    )
     g.add_argument("--alpha", type=at_least(0, float), default=0.85, help="SSIM against L1, eq. 2")
     g.add_argument("--delta-f", type=at_least(0, float), default=0.05, help="feature term, eq. 3")
     g.add_argument("--delta-s", type=at_least(0, float), default=40.0, help="style term, eq. 3")
@@ -827,8 +950,21 @@ def build_parser():
     g = parser.add_argument_group("discriminator D")
     g.add_argument("--d-channels", type=at_least(1), help="at the finest scale; None = by --model")
     g.add_argument("--d-max", type=at_least(1), help="most channels; None = by --model")
-    g.add_argument("--d-lr", type=positive, default=2e-4, help="learning rate of D, not scaled")
-    g.add_argument("--d-betas", type=at_least(0, float), nargs=2, default=[0.5, 0.99], help="Adam")
+    g.add_argument("--d-lr", type=positive, help="learning rate of D; None = by --loss")
+    g.add_argument("--d-betas", type=at_least(0, float), nargs=2, help="Adam; None = by --loss")
+
+    g = parser.add_argument_group("regularisation (StyleGANv2-ADA row; R1 works with any D)")
+    g.add_argument("--ada-target", type=float, default=0.6, help="of r_t = E sign(D(real) - 1/2)")
+    g.add_argument(
+        "--ada-images", type=at_least(1), default=500_000, help="in which p can go from 0 to 1"
+    )
+    g.add_argument("--ada-p", type=at_least(0, float), help="fixed augmentation probability p")
+    g.add_argument("--path-weight", type=at_least(0, float), default=2.0, help="of path lengths")
+    g.add_argument("--path-every", type=at_least(1), default=4, help="steps between path lengths")
+    g.add_argument(
+        "--r1-gamma", type=at_least(0, float), default=0.0, help="R1 weight; 0 = off, as the paper"
+    )
+    g.add_argument("--r1-every", type=at_least(1), default=16, help="steps between R1 penalties")
 
     g = parser.add_argument_group("the run")
     g.add_argument(
@@ -861,6 +997,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     channels, most = DISCRIMINATOR_WIDTHS[args.model]
     args.d_channels, args.d_max = args.d_channels or channels, args.d_max or most
+    if args.arch == "auto":
+        args.arch = LOSSES[args.loss]["arch"]
+    rate, betas = DISCRIMINATOR_ADAM[LOSSES[args.loss]["adversary"] or "conv"]
+    args.d_lr, args.d_betas = args.d_lr or rate, args.d_betas or list(betas)
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs * 40 / 300
     args.lr = args.lr or args.blr * images_per_step(args) / 256
@@ -920,7 +1060,7 @@ def main(argv=None):
         bar, passes, clock = progress_bar(sampler, args), iter(loader), time.perf_counter()
         while batches := list(itertools.islice(passes, args.accum)):  # one step
             lr = set_learning_rates(run, progress, sampler.steps, args)
-            terms = accumulate(run, batches, features_active(args, epoch), args)
+            terms = accumulate(run, batches, features_active(args, epoch), progress, args)
             report, stopping = agree(run, terms, batches, stop["signal"], progress, train_set)
 
             finite = all(math.isfinite(value) for value in report.values())
