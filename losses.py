@@ -13,12 +13,13 @@ import torch
 from torch.nn import functional as F
 
 
-def row(pixel="l1", features=None, adversary=None, ada=False, path=False, arch="mae"):
+def row(pixel="l1", features=None, adversary=None, weight=1.0, ada=False, path=False, arch="mae"):
     """One row of LOSSES; the defaults are what most rows share."""
     return {
         "pixel": pixel,
         "features": features,
         "adversary": adversary,
+        "weight": weight,
         "ada": ada,
         "path": path,
         "arch": arch,
@@ -30,6 +31,11 @@ def row(pixel="l1", features=None, adversary=None, ada=False, path=False, arch="
 #   features   the loss network phi of eq. 3: None, or "disc", the discriminator itself
 #   adversary  D of the least-squares pair (eq. 4 and 5): None, "conv", "msg" or "stylegan2"; the
 #              last two judge images at every scale
+#   weight     of the adversarial term (eq. 5) in eq. 6, whose terms the paper adds as they are.
+#              PAPER SILENT: its eq. 1 leaves open whether L1 is a mean or a sum over pixels, and so
+#              what 1 means. With our mean, a D that reaches G at every scale outweighs the pixels
+#              at 1: reconstructions stay below a fill with the mean colour. It gets 0.1
+#              (--adversarial-weight; the authors' code: 0.7 for all rows, on 2 L1).
 #   ada        adaptive augmentation of all that D sees (sec. 3.2)
 #   path       path-length regularisation of G (sec. 3.2)
 #   arch       the autoencoder that the paper pairs with the loss
@@ -38,10 +44,10 @@ LOSSES = {
     "ms_ssim": row(pixel="ms_ssim_l1"),
     "ls_gan": row(adversary="conv"),
     "ls_gan_p": row(adversary="conv", features="disc"),
-    "msg_gan": row(adversary="msg", arch="msg_mae"),
-    "msg_gan_p": row(adversary="msg", features="disc", arch="msg_mae"),
+    "msg_gan": row(adversary="msg", weight=0.1, arch="msg_mae"),
+    "msg_gan_p": row(adversary="msg", features="disc", weight=0.1, arch="msg_mae"),
     "stylegan2_ada_p": row(
-        adversary="stylegan2", features="disc", ada=True, path=True, arch="msg_mae"
+        adversary="stylegan2", features="disc", weight=0.1, ada=True, path=True, arch="msg_mae"
     ),
 }
 

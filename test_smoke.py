@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -1163,6 +1164,16 @@ def test_every_row_learns_a_batch_by_heart():
         assert np.mean(history[-3:]) < 0.75 * np.mean(history[:3]), (loss, history)
 
 
+def test_adversarial_weight_is_the_rows_own_unless_given():
+    for loss, weight in (("ls_gan", 1.0), ("ls_gan_p", 1.0), ("msg_gan", 0.1), ("msg_gan_p", 0.1)):
+        for flags, factor in (([], weight), (["--adversarial-weight", "0.7"], 0.7)):
+            run, args = tiny_run("--loss", loss, *flags)
+            term = train.backward(run, *tiny_batch(), False, 1.0, args)["adversarial"]
+            args.adversarial_weight = 1.0
+            whole = train.backward(run, *tiny_batch(), False, 1.0, args)["adversarial"]
+            close(term, factor * whole, 1e-6)
+
+
 def test_learning_rate_follows_the_schedule():
     rate = [train.learning_rate(p, warmup=4, total=12, peak=2.0) for p in range(13)]
     close(rate[:4], torch.tensor([0.5, 1.0, 1.5, 2.0]), 1e-12)
@@ -1482,6 +1493,30 @@ def test_every_row_stopped_in_mid_epoch_continues_bit_for_bit():
             assert command(*flags, "--out", folder + "/twice", "--steps", 6)[0] == 0  # of 8
             assert command(*flags, "--out", folder + "/twice")[0] == 0
             same_weights(folder + "/once", folder + "/twice")
+
+
+def test_benchmark_averages_steps_with_lazy_regularisers_in():
+    # A clock in which a step takes 1 s, 5 s where its place in a round of 4 is the path length's,
+    # and 100 s twice by accident: (5 + 1 + 1 + 1) / 4.
+    now, steps = [0.0], []
+
+    def step(run, batches, active, progress, args):
+        steps.append(progress["step"])
+        assert float(run.ada.p) == 0.5 and active
+        now[0] += 100 if len(steps) in (4, 9) else 5 if progress["step"] == 0 else 1
+        return {}
+
+    real, printed = (train.accumulate, train.update, train.time), io.StringIO()
+    train.accumulate, train.update = step, lambda run, apply: None
+    train.time = SimpleNamespace(perf_counter=lambda: now[0])
+    try:
+        with contextlib.redirect_stdout(printed):
+            train.main([*FAST, "--loss", "stylegan2_ada_p", "--benchmark", "11"])
+    finally:
+        train.accumulate, train.update, train.time = real
+    assert steps == [2, 3, *range(4), *range(4), *range(4)]  # 2 to warm up, 11 made whole rounds
+    row = json.loads(printed.getvalue())
+    assert row["seconds_per_step"] == 2.0 and row["images_per_second"] == 2.0
 
 
 def test_a_run_within_an_epoch_keeps_its_batch_and_steps_count_from_the_start():
