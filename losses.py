@@ -31,11 +31,10 @@ def row(pixel="l1", features=None, adversary=None, weight=1.0, ada=False, path=F
 #   features   the loss network phi of eq. 3: None, or "disc", the discriminator itself
 #   adversary  D of the least-squares pair (eq. 4 and 5): None, "conv", "msg" or "stylegan2"; the
 #              last two judge images at every scale
-#   weight     of the adversarial term (eq. 5) in eq. 6, whose terms the paper adds as they are.
-#              PAPER SILENT: its eq. 1 leaves open whether L1 is a mean or a sum over pixels, and so
-#              what 1 means. With our mean, a D that reaches G at every scale outweighs the pixels
-#              at 1: reconstructions stay below a fill with the mean colour. It gets 0.1
-#              (--adversarial-weight; the authors' code: 0.7 for all rows, on 2 L1).
+#   weight     of the adversarial term, eq. 5, in eq. 6. DIFFERS: the paper's is 1 in every row;
+#              0.1 where D reaches G at every scale, and outweighed the pixels at 1: small runs
+#              stayed below a fill with the mean colour (README, Losses). --adversarial-weight;
+#              the authors' code: 0.7 on twice the L1.
 #   ada        adaptive augmentation of all that D sees (sec. 3.2)
 #   path       path-length regularisation of G (sec. 3.2)
 #   arch       the autoencoder that the paper pairs with the loss
@@ -167,7 +166,7 @@ def gram(features):
     """
     B, C, H, W = features.shape
     with torch.autocast(features.device.type, enabled=False):
-        flat = features.float().permute(0, 2, 3, 1).reshape(B, H * W, C)  # a view: channels last
+        flat = features.float().permute(0, 2, 3, 1).reshape(B, H * W, C)
         return flat.transpose(1, 2) @ flat / (C * H * W)
 
 
@@ -228,8 +227,8 @@ def r1_penalty(logits_real, reals):
     Compute logits in float32, autocast off: in fp16 the second derivative is mostly rounding.
     """
     grads = torch.autograd.grad(logits_real.sum(), reals, create_graph=True)
-    # PAPER SILENT: R1 on a pyramid. Mean over scales, as in MSG-GAN's StyleGAN version. One
-    # coarse pixel moves D more than one fine pixel, so gammas tuned on one scale are too large.
+    # PAPER SILENT: R1 on a pyramid. Mean over scales, as in MSG-GAN's StyleGAN version. Gammas
+    # that were tuned on one scale do not carry over.
     return torch.stack([g.float().square().sum(dim=(1, 2, 3)) for g in grads]).mean()
 
 
@@ -238,8 +237,9 @@ def path_lengths(features, z, noise):
 
     PAPER: sec. 3.2, "perceptual path regularisation between the decoder input and discriminator
     feature maps". A random direction in feature space, s = sum_j <phi^j, eps_j> / sqrt(J N_j), has
-    the slope g = ds/dz; the length is a = sqrt(mean_l sum_d g^2), and E a^2 is the mean squared
-    entry of the maps' Jacobians. The divisors give every map the same share of the noise's energy.
+    the slope g = ds/dz; the length is a = sqrt(mean_l sum_d g^2), and E a^2 is D times the mean
+    squared entry of the maps' Jacobians. The divisors give every map the same share of the noise's
+    energy.
 
     features: J maps (B, C_j, h_j, w_j) of D at the reconstruction, N_j = C_j h_j w_j
     z:        (B, L, D) decoder input that `features` were computed from

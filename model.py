@@ -269,6 +269,7 @@ class MAE(ViT):
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
         self.decoder_pred = linear(decoder_width, 3 * patch_size**2)
         # Scale l has patches of p = patch_size / 2^l pixels, down to one pixel a patch.
+        # PAPER SILENT: how a map is "converted to an RGB image". A norm and a linear layer each.
         self.decoder_rgb = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(decoder_width, eps=1e-6), linear(decoder_width, 3 * p * p))
             for p in (patch_size >> level for level in range(1, scales))
@@ -341,7 +342,7 @@ class MSGMAE(MAE):
         )
         # PAPER SILENT: which levels, where encoder and decoder differ in depth. Evenly spaced,
         # deep to shallow, from the last but one to the first (the last is the decoder's input).
-        # The authors' code: the last seven but one, so that the shallow ones get no signal.
+        # The authors' code: the last seven but one, so that the shallow ones have no skip.
         steps = decoder_depth - 1
         self.skip_levels = [
             round(depth - 1 - i * (depth - 2) / max(1, steps - 1)) for i in range(steps)
@@ -364,7 +365,7 @@ class MSGMAE(MAE):
         return [output, *norm]
 
     def fuse(self, x, inputs, k):
-        """Block k's input (B, 1 + N, d), k from 0. PAPER: "concatenated ... a sequence of 2d"."""
+        """Block k's input (B, 1 + N, d), k from 0. PAPER: "concatenated", "of length 2d"."""
         return x if k == 0 else self.decoder_fuse[k - 1](torch.cat([x, inputs[k]], dim=2))
 
 
@@ -619,7 +620,7 @@ class StyleGAN2Discriminator(nn.Module):
     """
 
     # DIFFERS: under autocast all blocks run in half precision, not only the four largest maps;
-    # the epilogue is float32 as published, so only the two small blocks lose digits.
+    # the epilogue is float32 as published, so only the small blocks lose digits.
 
     def __init__(self, image_size, scales, channels, max_channels, mbstd_group=4):
         super().__init__()

@@ -983,7 +983,7 @@ def naive_objective(run, args, images, noise, seeds):
         fakes, reals = run.ada(fakes, *transform), run.ada(reals, *transform)
     logits, fake = run.disc(fakes)
     logits_real, real = run.disc(reals)
-    total = total + losses.lsgan_g_loss(logits)
+    total = total + args.adversarial_weight * losses.lsgan_g_loss(logits)
     if recipe["features"] == "disc":
         total = total + losses.feature_style_loss(fake, real)
     return total, losses.lsgan_d_loss(logits_real, logits)
@@ -1064,6 +1064,19 @@ def test_reconstructions_are_a_pyramid_finest_first():
             close(level, means[0], 1e-5)  # averaging keeps the mean
 
 
+def test_pixel_loss_averages_over_scales_that_hold_a_window():
+    run, args = tiny_run("--loss", "ms_ssim", "--arch", "msg_mae", "--patch-size", "16")
+    images, noise, _ = tiny_batch()
+    fakes, mask = run.mae(images, noise=noise[:, :4])  # 32, 16, 8, 4 px, and 2 px: no window fits
+    reals = losses.pyramid(images, 5)
+    pairs = list(zip(fakes, reals, (4, 3, 2, 1), strict=False))
+    wanted = sum(losses.ms_ssim_l1(f, r, scales=n) for f, r, n in pairs) / 4
+    assert_close(train.pixel_loss(losses.LOSSES["ms_ssim"], fakes, reals, mask, args), wanted)
+    args.pixel_scales = "finest"
+    wanted = losses.ms_ssim_l1(fakes[0], reals[0])
+    assert_close(train.pixel_loss(losses.LOSSES["ms_ssim"], fakes, reals, mask, args), wanted)
+
+
 def test_skips_that_pass_the_decoder_half_alone_leave_a_plain_mae():
     torch.manual_seed(0)
     plain, skipping = model.build_mae("tiny", 32, 8), model.build_mae("tiny", 32, 8, "msg_mae")
@@ -1122,9 +1135,27 @@ def test_lazy_regularisers_reach_their_network_alone_and_in_their_turn():
     for step, expected in ((1, set()), (4, {"path_length"})):
         progress["step"] = step
         assert set(train.regularise(run, images, noise, seeds, 1.0, progress, args)) == expected
-    run, args = tiny_run("--loss", "ls_gan", *off, "--r1-gamma", "1")
-    assert set(train.accumulate(run, batch, False, train.new_progress(), args)) >= {"r1"}
-    assert gradients(run.mae).abs().max() == 0
+    for arch in ("mae", "msg_mae"):  # a D that looks at one scale of several, too
+        run, args = tiny_run("--loss", "ls_gan", "--arch", arch, *off, "--r1-gamma", "1")
+        assert set(train.accumulate(run, batch, False, train.new_progress(), args)) >= {"r1"}
+        assert gradients(run.mae).abs().max() == 0
+
+
+def test_lazy_terms_are_logged_with_their_whole_weight_and_survive_a_bad_step():
+    images, noise, seeds = tiny_batch()
+    run, args = tiny_run("--loss", "stylegan2_ada_p", "--ada-p", "0", "--r1-gamma", "3")
+    progress = train.new_progress() | {"path_mean": 0.01}
+    terms = train.regularise(run, images, noise, seeds, 1.0, progress, args)
+    reals = [x.requires_grad_() for x in losses.pyramid(images, 4)]  # 8 px patches: 4 scales
+    slopes = torch.autograd.grad(run.disc(reals)[0].sum(), reals)
+    squares = sum(g.square().sum((1, 2, 3)).mean() for g in slopes) / 4
+    assert_close(terms["r1"], 3 / 2 * 16 * squares)
+    args.path_every, other = 1, train.new_progress() | {"path_mean": 0.01}
+    once = train.regularise(run, images, noise, seeds, 1.0, other, args)["path_length"]
+    assert_close(terms["path_length"], 4 * once)
+    before = progress["path_mean"]  # a length that is not finite must not become the mean
+    train.regularise(run, images * math.nan, noise, seeds, 1.0, progress, args)
+    assert progress["path_mean"] == before > 0.01
 
 
 def test_gradient_scaler_changes_no_update():
@@ -1394,6 +1425,7 @@ def test_bad_input_ends_in_one_line_with_status_2():
         refused(*fast, "--image-size", 44, names=["image size 44", "patch size 8"])
         refused(*fast, "--patch-size", 64, names=["image size 32", "patch size 64"])
         refused(*fast, "--crop-min", 1.5, names=["--crop-min 1.5"])
+        refused(*fast, "--ada-p", 1.5, names=["--ada-p 1.5"])
         refused(*fast, "--loss", "ls_gan", "--norm-pix-loss", names=["--norm-pix-loss", "mse"])
         refused(*fast, "--loss", "ms_ssim", "--image-size", 16, names=["--image-size 16", "24"])
         refused(*fast, "--limit-images", 3, names=["3 training images", "--batch-size"])
@@ -1497,13 +1529,13 @@ def test_every_row_stopped_in_mid_epoch_continues_bit_for_bit():
 
 def test_benchmark_averages_steps_with_lazy_regularisers_in():
     # A clock in which a step takes 1 s, 5 s where its place in a round of 4 is the path length's,
-    # and 100 s twice by accident: (5 + 1 + 1 + 1) / 4.
+    # and 100 s twice by accident, one of them a warm-up: (5 + 1 + 1 + 1) / 4.
     now, steps = [0.0], []
 
     def step(run, batches, active, progress, args):
         steps.append(progress["step"])
         assert float(run.ada.p) == 0.5 and active
-        now[0] += 100 if len(steps) in (4, 9) else 5 if progress["step"] == 0 else 1
+        now[0] += 100 if len(steps) in (1, 9) else 5 if progress["step"] == 0 else 1
         return {}
 
     real, printed = (train.accumulate, train.update, train.time), io.StringIO()
@@ -1514,7 +1546,7 @@ def test_benchmark_averages_steps_with_lazy_regularisers_in():
             train.main([*FAST, "--loss", "stylegan2_ada_p", "--benchmark", "11"])
     finally:
         train.accumulate, train.update, train.time = real
-    assert steps == [2, 3, *range(4), *range(4), *range(4)]  # 2 to warm up, 11 made whole rounds
+    assert steps == [0, 0, *range(4), *range(4), *range(4)]  # 2 to warm up, 11 made whole rounds
     row = json.loads(printed.getvalue())
     assert row["seconds_per_step"] == 2.0 and row["images_per_second"] == 2.0
 

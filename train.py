@@ -2,7 +2,7 @@
 
     python train.py --demo                                      # 4 minutes on two CPU cores
     python train.py --loss mse --data path/to/imagenet          # one GPU
-    torchrun --nproc_per_node=8 train.py --loss ls_gan_p        # one node, data/imagenet
+    torchrun --nproc_per_node=8 train.py --loss msg_gan_p       # one node, data/imagenet
 
 Implements sec. 4 of the paper ("Pre-training"): the objective of eq. 6 with its schedule. Reads
 down: processes and precision, networks and optimisers, the training step, checkpoints, validation,
@@ -250,7 +250,7 @@ def build_run(args, device):
                 recipe["adversary"], args.image_size, scales, args.d_channels, args.d_max
             ).to(device)
             if device.type == "cuda" or recipe["adversary"] == "conv":
-                # Tensor cores want it. On a CPU "conv" gains 10 %, the others lose as much.
+                # Tensor cores want it; on a CPU it speeds "conv" up and slows the others down.
                 disc = disc.to(memory_format=torch.channels_last)
     except ValueError as error:  # sizes that do not fit each other
         fail(str(error))
@@ -337,11 +337,12 @@ def pixel_loss(recipe, reconstructions, reals, mask, args):
     for level, (fake, real) in enumerate(zip(reconstructions, reals, strict=True)):
         if recipe["pixel"] == "mse":
             patch_size = args.patch_size >> level
-            norm_pix = args.norm_pix_loss and level == 0  # a one-pixel patch has no contrast
+            norm_pix = args.norm_pix_loss and level == 0  # the others end at one pixel a patch
             terms.append(masked_mse(fake, real, mask, patch_size, norm_pix))
         elif recipe["pixel"] == "ms_ssim_l1":
             fitting = min(4, (real.shape[2] // 3).bit_length())  # small images have fewer scales
-            terms.append(ms_ssim_l1(fake, real, alpha=args.alpha, scales=fitting))
+            if fitting:  # down to the 3 px of a window
+                terms.append(ms_ssim_l1(fake, real, alpha=args.alpha, scales=fitting))
         else:
             # PAPER: eq. 1, L1 of the full image (the authors' code: also). PAPER SILENT: its unit.
             # Ours is the ImageNet-normalised pixel, which the MAE head predicts.
@@ -421,20 +422,21 @@ def augment(run, seeds, args, *pyramids):
 def regularise(run, images, noise, seeds, share, progress, args):
     """Add the lazy regularisers' gradients, in the steps whose turn it is -> {name: scalar}.
 
-    Each acts every so many steps with its weight multiplied by as many, in float32. They run on the
+    Each acts every so many steps with its weight multiplied by as many, in float32; the scalars
+    include all of it, so that their sum over an epoch is what they weighed. They run on the
     unwrapped networks and before `backward`, whose DDP exchange then averages the sum of both.
     """
     recipe, terms = LOSSES[args.loss], {}
     if recipe["path"] and args.path_weight and progress["step"] % args.path_every == 0:
         terms["path_length"] = path_step(run, images, noise, seeds, share, progress, args)
     if run.disc is not None and args.r1_gamma and progress["step"] % args.r1_every == 0:
-        # x of R1 is the real image before augmentation, one leaf a scale.
-        reals = [x.detach().requires_grad_() for x in pyramid(images, image_scales(args))]
+        # x of R1 is the real image before augmentation, one leaf for each scale that D looks at.
+        scales = 1 if recipe["adversary"] == "conv" else image_scales(args)
+        reals = [x.detach().requires_grad_() for x in pyramid(images, scales)]
         (seen,) = augment(run, seeds, args, reals)
         logits, _ = unwrap(run.disc)(seen)
-        penalty = args.r1_gamma / 2 * r1_penalty(logits, reals)
-        scaled = run.scaler_d.scale(penalty * args.r1_every * share)
-        scaled.backward(inputs=list(run.disc.parameters()))
+        penalty = args.r1_gamma / 2 * args.r1_every * r1_penalty(logits, reals)
+        run.scaler_d.scale(penalty * share).backward(inputs=list(run.disc.parameters()))
         terms["r1"] = penalty.detach()
     return terms
 
@@ -442,8 +444,8 @@ def regularise(run, images, noise, seeds, share, progress, args):
 def path_step(run, images, noise, seeds, share, progress, args):
     """Path-length regularisation of G; keeps its running mean in `progress` -> detached penalty.
 
-    PAPER SILENT: on half of the batch, as StyleGAN2 does, since it costs a backward pass of a
-    backward pass; the mean over fewer images is as good an estimate.
+    PAPER SILENT: on half of the batch, as StyleGAN2 does, since a backward pass of a backward pass
+    is dear; and through the augmentation, as all that D sees.
     """
     mae, disc = unwrap(run.mae), unwrap(run.disc)
     images, noise, seeds = (x[: (len(x) + 1) // 2] for x in (images, noise, seeds))
@@ -453,20 +455,23 @@ def path_step(run, images, noise, seeds, share, progress, args):
         (seen,) = augment(run, seeds, args, mae.decode(inputs))
         _, features = disc(seen)
     draws = zip(*(feature_noise(seed, features) for seed in seeds.tolist()), strict=True)
-    lengths = path_lengths(features, inputs[0], [torch.stack(d).to(run.device) for d in draws])
+    lengths = path_lengths(features, inputs[0], [torch.stack(d) for d in draws])
     mean = across_processes({"mean": lengths.detach().mean()}, run.device)["mean"] / world_size()
     before = progress["path_mean"]
-    progress["path_mean"] = before + 0.01 * (mean - before) if before else mean
-    penalty = args.path_weight / 2 * path_length_penalty(lengths, progress["path_mean"])
-    scaled = run.scaler_g.scale(penalty * args.path_every * share)
+    if math.isfinite(mean):  # or no later step would be
+        progress["path_mean"] = before + 0.01 * (mean - before) if before else mean
+    penalty = path_length_penalty(lengths, progress["path_mean"])
+    penalty = args.path_weight / 2 * args.path_every * penalty
+    scaled = run.scaler_g.scale(penalty * share)
     scaled.backward(inputs=[p for p in mae.parameters() if p.requires_grad])
     return penalty.detach()
 
 
 def feature_noise(seed, features):
     """One sample's N(0, 1) noise for D's feature maps, a function of its seed: [(C, h, w)]."""
-    generator = torch.Generator().manual_seed(seed + 1)  # not the augmentation's numbers
-    return [torch.randn(f.shape[1:], generator=generator) for f in features]
+    device = features[0].device
+    generator = torch.Generator(device).manual_seed(seed + 1)  # not the augmentation's numbers
+    return [torch.randn(f.shape[1:], generator=generator, device=device) for f in features]
 
 
 def accumulate(run, batches, features_active, progress, args):
@@ -598,6 +603,8 @@ def resume(args, run, path, layout):
         part.load_state_dict(checkpoint[name])
         for group, values in zip(getattr(part, "param_groups", []), flags, strict=True):
             group |= values  # what the flags say now, not then
+        if name == "ada" and part.fixed_p is not None:
+            part.p.fill_(part.fixed_p)
     torch.set_rng_state(checkpoint["rng"])
     return progress | {"layout": layout}
 
@@ -732,9 +739,9 @@ def benchmark(args, device, world):
     )
     steps = math.ceil(args.benchmark / round_of_steps) * round_of_steps
     seconds = [[] for _ in range(round_of_steps)]
-    for number in range(-2, steps):  # two steps to warm up
+    for number in range(-2, steps):  # two steps to warm up, with all that a step can hold
         seeds = torch.arange(B) + B * number + 2 * B
-        progress["step"] = number % round_of_steps
+        progress["step"] = max(0, number) % round_of_steps
         began = time.perf_counter()
         accumulate(run, [(images, noise, seeds)] * args.accum, active, progress, args)
         update(run, apply=True)
@@ -982,7 +989,10 @@ def build_parser():
     g.add_argument("--path-weight", type=at_least(0, float), default=2.0, help="of path lengths")
     g.add_argument("--path-every", type=at_least(1), default=4, help="steps between path lengths")
     g.add_argument(
-        "--r1-gamma", type=at_least(0, float), default=0.0, help="R1 weight; 0 = off, as the paper"
+        "--r1-gamma",
+        type=at_least(0, float),
+        default=0.0,
+        help="R1 weight; 0 = off: paper names none",
     )
     g.add_argument("--r1-every", type=at_least(1), default=16, help="steps between R1 penalties")
 
@@ -1038,6 +1048,8 @@ def parse_args(argv=None):
     fits = args.image_size % args.patch_size == 0  # if not, `build_mae` says so
     if fits and not 1 <= int(patches * (1 - args.mask_ratio)) < patches:
         fail(f"--mask-ratio {args.mask_ratio} of {patches} patches hides all of them or none")
+    if args.ada_p is not None and args.ada_p > 1:
+        fail(f"--ada-p {args.ada_p} is a probability; give 0 to 1")
     if args.crop_min > 1:
         fail(f"--crop-min {args.crop_min} is a part of the area; give 1 or less")
     if max(*args.betas, *args.d_betas) >= 1:
