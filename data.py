@@ -5,7 +5,8 @@ Image convention of the whole project: float (B, 3, H, W) in [0, 1], RGB. Loader
 
 Images come from `open_source`: a folder, `shapes` (drawn here, nothing to download), or `cifar10`.
 Each source is a torch Dataset in torchvision's manner: `source[i]` is (PIL image, label).
-`PretrainSet` turns one into training samples (paper, sec. 4 and supplement, Table 1).
+`PretrainSet` turns one into samples for pre-training (paper, sec. 4 and supplement, Table 1),
+`LabelledSet` into samples for classification (supplement, Table 2).
 
 All randomness of a sample is a function of (seed, epoch, index): not of workers, of processes, or
 of what was read before. That is what makes runs repeatable, and resumable in mid-epoch.
@@ -492,7 +493,8 @@ class PretrainSet(Dataset):
         self.source, self.image_size, self.num_patches = source, image_size, num_patches
         self.seed, self.augment, self.crop_min = seed, augment, crop_min
         self.flip = v2.RandomHorizontalFlip(0.5 if flip else 0.0)
-        self.jitter = v2.ColorJitter(jitter, jitter, jitter)
+        self.distort = v2.ColorJitter(jitter, jitter, jitter)
+        self.centre = 1.0  # part of the shorter side that is kept where there is no augmentation
         count = min(limit or len(source), len(source))
         chosen = torch.randperm(len(source), generator=sample_generator(seed))[:count]
         self.indices = chosen.tolist()
@@ -518,13 +520,18 @@ class PretrainSet(Dataset):
                 # torchvision draws from torch's global generator: seed it, and give it back.
                 with torch.random.fork_rng(devices=[]):
                     torch.default_generator.manual_seed(seed)
-                    noise = torch.rand(self.num_patches)
-                    return self.transform(self.source[self.indices[index]][0]), noise, seed, bad
+                    companion = self.companion(index)
+                    image = self.transform(self.source[self.indices[index]][0])
+                    return image, companion, seed, bad
             except Exception as error:  # decoders raise anything; the run reports and counts it
                 bad.append((index, f"{type(error).__name__}: {error}"))
             if len(bad) > self.bad_limit() or len(bad) == len(self):  # the run is about to end
-                return torch.zeros(3, self.image_size, self.image_size).byte(), noise, seed, bad
+                return torch.zeros(3, self.image_size, self.image_size).byte(), companion, seed, bad
             index = (index + 1) % len(self)
+
+    def companion(self, index):
+        """What goes with an image: here the noise of its mask, (N,)."""
+        return torch.rand(self.num_patches)
 
     def transform(self, image):
         """PIL image -> uint8 (3, S, S)."""
@@ -535,18 +542,121 @@ class PretrainSet(Dataset):
                 shape, scale=[self.crop_min, 1.0], ratio=[3 / 4, 4 / 3]
             )
             box = (left, top, left + w, top + h)
-            image = self.jitter(self.flip(resized_crop(image, box, self.image_size)))
+            image = self.distort(self.flip(resized_crop(image, box, self.image_size)))
         else:
-            side = min(width, height)
+            shorter = min(width, height)
+            side = min(shorter, max(self.image_size, self.centre * shorter))
             left, top = (width - side) / 2, (height - side) / 2
             image = resized_crop(image, (left, top, left + side, top + side), self.image_size)
         return v2.functional.pil_to_tensor(image)
 
 
+class LabelledSet(PretrainSet):
+    """Samples for classification: `set[(epoch, index)]` is (image, label, seed, bad).
+
+    As `PretrainSet`, with the label, int64 (), in the noise's place. An unreadable image is replaced
+    by the next one and its label, but without augmentation the label becomes -1, "do not count":
+    measuring an image twice would be wrong.
+
+    PAPER SILENT: crops. MAE's: .08 to 1 of the area, flips; measured on the central 224/256 of the
+    shorter side, or all of it where that leaves fewer pixels than the network takes.
+    """
+
+    def __init__(
+        self,
+        source,  # dataset of (PIL image, label) with `targets` and `classes`
+        indices,  # which of its images
+        *,
+        image_size,  # S, pixels
+        seed,  # run's seed
+        augment=True,  # False: centre crop
+        crop_min=0.08,  # smallest random crop, as a fraction of the area
+        magnitude=0.0,  # of RandAugment, 0 to 10; 0 = none
+    ):
+        super().__init__(
+            source,
+            image_size=image_size,
+            num_patches=0,
+            seed=seed,
+            augment=augment,
+            crop_min=crop_min,
+        )
+        self.indices, self.centre = list(indices), 224 / 256
+        self.distort = functools.partial(rand_augment, magnitude=magnitude)
+
+    def companion(self, index):
+        """The label of an image."""
+        return torch.tensor(self.source.targets[self.indices[index]])
+
+    def __getitem__(self, key):
+        image, label, seed, bad = super().__getitem__(key)
+        return image, label if self.augment or not bad else torch.tensor(-1), seed, bad
+
+
+def rand_augment(image, magnitude, std=0.5):
+    """Two random operations on a PIL image, each with probability 1/2; draws from torch.
+
+    PAPER: supplement, Table 2: RandAug(9, 0.5). PAPER SILENT: what .5 is, and the scale. Ours are
+    MAE's: 9 of 10 is the mean and .5 the deviation of a magnitude drawn for each operation, which
+    is skipped half of the time. torchvision counts 30 steps to the same strengths. DIFFERS: its
+    operations are 14, Identity among them; MAE's library has Invert and SolarizeAdd instead.
+    """
+    for _ in range(2 if magnitude else 0):
+        if torch.rand(()) < 0.5:
+            drawn = (magnitude + std * torch.randn(())).clamp(0, 10).item()
+            operation = v2.RandAugment(
+                num_ops=1,
+                magnitude=round(3 * drawn),
+                num_magnitude_bins=31,
+                interpolation=v2.InterpolationMode.BILINEAR,
+                fill=[124, 116, 104],  # mean colour of ImageNet
+            )
+            image = operation(image)
+    return image
+
+
+def choose_images(targets, *, seed, fraction=None, shots=None, limit=None):
+    """Which images to use: sorted indices, a choice that depends on the seed alone.
+
+    targets: label of each image. At most one of: fraction, of each class (rounded, at least one
+    image); shots, images a class; limit, images whatever their class. ValueError if a class has
+    fewer than `shots`.
+    """
+    if limit is not None:
+        return torch.randperm(len(targets), generator=sample_generator(seed))[:limit].sort()[0]
+    targets, chosen = torch.as_tensor(targets), []
+    for label in targets.unique().tolist():
+        members = (targets == label).nonzero()[:, 0]
+        count = len(members) if fraction is None else max(1, round(fraction * len(members)))
+        count = shots or count
+        if count > len(members):
+            raise ValueError(f"class number {label} has {len(members)} images, not {count}")
+        order = torch.randperm(len(members), generator=sample_generator(seed, label))
+        chosen.append(members[order[:count]])
+    return torch.cat(chosen).sort()[0]
+
+
+def check_classes(first, second, names):
+    """ValueError that lists the differences, if two lists of class names are not the same.
+
+    names: what to call the two, e.g. ("train", "val").
+    """
+    if list(first) == list(second):
+        return
+    differ = [
+        f"{', '.join(map(str, sorted(set(a) - set(b))))} only in {name}"
+        for a, b, name in ((first, second, names[0]), (second, first, names[1]))
+        if set(a) - set(b)
+    ]
+    raise ValueError(
+        f"the classes of {names[0]} and {names[1]} differ: {'; '.join(differ) or 'in their order'}"
+    )
+
+
 def collate(samples):
-    """`PretrainSet` samples -> (images (B, 3, S, S) uint8, noise (B, N), seeds (B,), bad)."""
-    images, noise, seeds, bad = zip(*samples, strict=True)
-    return torch.stack(images), torch.stack(noise), torch.tensor(seeds), sum(bad, [])
+    """Samples -> (images (B, 3, S, S) uint8, noise (B, N) or labels (B,), seeds (B,), bad)."""
+    images, companions, seeds, bad = zip(*samples, strict=True)
+    return torch.stack(images), torch.stack(companions), torch.tensor(seeds), sum(bad, [])
 
 
 class EpochSampler(Sampler):
@@ -581,7 +691,7 @@ def ignore_signals(worker):
 
 
 def build_loader(dataset, sampler, *, batch_size, workers):
-    """DataLoader of `PretrainSet` samples whose workers outlive the epoch."""
+    """DataLoader of `PretrainSet` or `LabelledSet` samples; its workers outlive the epoch."""
     return DataLoader(
         dataset,
         batch_size=batch_size,

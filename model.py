@@ -1,4 +1,4 @@
-"""Networks of Perceptual MAE: ViT encoder, MAE and MSG-MAE, discriminators, ADA.
+"""Networks of Perceptual MAE: ViT encoder, MAE and MSG-MAE, classifier, discriminators, ADA.
 
 Implements the MAE of He et al. 2022 as the Perceptual MAE paper configures it (sec. 4 and the
 supplement's Table 1), its skip connections (sec. 3.3), the discriminators D of sec. 3.1 and 3.2,
@@ -17,6 +17,7 @@ import functools
 import math
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -149,19 +150,33 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block. (B, N, C) -> same."""
+def drop_path(x, rate):
+    """Stochastic depth (Huang et al. 2016) on a residual branch x (B, N, C), in training.
 
-    def __init__(self, width, heads):
+    Each sample's branch is dropped with probability `rate`, and divided by 1 - rate if it is not,
+    which keeps the expectation. Draws from the global generator of x's device.
+    """
+    keep = torch.rand(len(x), 1, 1, device=x.device) >= rate
+    return x * (keep.to(x.dtype) / (1 - rate))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. (B, N, C) -> same. drop: rate of `drop_path`."""
+
+    def __init__(self, width, heads, drop=0.0):
         super().__init__()
+        self.drop = drop
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width)
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        rate = self.drop if self.training else 0.0
+        branch = self.attn(self.norm1(x))
+        x = x + (drop_path(branch, rate) if rate else branch)
+        branch = self.mlp(self.norm2(x))
+        return x + (drop_path(branch, rate) if rate else branch)
 
 
 class PatchEmbed(nn.Module):
@@ -189,9 +204,12 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer encoder: fixed positions, CLS token, final norm; no head."""
+    """Vision transformer encoder: fixed positions, CLS token, final norm; no head.
 
-    def __init__(self, *, image_size, patch_size, width, depth, heads):
+    drop: stochastic depth of the last block; it grows linearly from 0 at the first.
+    """
+
+    def __init__(self, *, image_size, patch_size, width, depth, heads, drop=0.0):
         super().__init__()
         if patch_size < 1 or patch_size & (patch_size - 1):
             raise ValueError(f"patch size {patch_size} is not a power of two")
@@ -205,7 +223,9 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("pos_embed", sincos_positions(width, self.side))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, drop * number / max(1, depth - 1)) for number in range(depth)
+        )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         nn.init.normal_(self.cls_token, std=0.02)
 
@@ -376,6 +396,117 @@ def build_mae(size, image_size=224, patch_size=16, arch="mae", scales=1):
     """
     network = {"mae": MAE, "msg_mae": MSGMAE}[arch]
     return network(image_size=image_size, patch_size=patch_size, scales=scales, **MAE_SIZES[size])
+
+
+# ---- Classifier: the encoder after pre-training (sec. 4, fine-tuning) ----------------------------
+
+
+class BatchStandardize(nn.Module):
+    """Batch normalisation without weights, for features (B, C) that need no gradient.
+
+    As nn.BatchNorm1d(affine=False), but with the statistics of all processes' batches, so that
+    two processes do what one with twice the batch does (nn.SyncBatchNorm does it on GPUs alone).
+    """
+
+    def __init__(self, width, momentum=0.1, eps=1e-6):
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    def forward(self, x):
+        x, mean, var = x.float(), self.running_mean, self.running_var
+        if self.training:
+            double = x.double()
+            sums = torch.stack([torch.ones_like(double), double, double.square()]).sum(1)  # (3, C)
+            if dist.is_initialized():
+                dist.all_reduce(sums)
+            count = sums[0]
+            mean = sums[1] / count
+            var = (sums[2] / count - mean.square()).clamp(min=0)
+            unbiased = var * count / (count - 1).clamp(min=1)
+            self.running_mean.lerp_(mean.float(), self.momentum)
+            self.running_var.lerp_(unbiased.float(), self.momentum)
+        return (x - mean.float()) / (var.float() + self.eps).sqrt()
+
+
+class Classifier(nn.Module):
+    """ViT encoder with the original ViT's head: one linear layer. Images -> logits (B, classes).
+
+    pool: "cls", the CLS token, or "mean", the mean patch token, both after the final norm.
+    frozen: a linear probe. The encoder then needs no gradient and stays in evaluation mode, and
+    the head sees standardised features.
+    """
+
+    def __init__(self, encoder, classes, pool="cls", frozen=False):
+        super().__init__()
+        width = encoder.cls_token.shape[-1]
+        self.encoder, self.pool, self.frozen = encoder, pool, frozen
+        self.standardize = BatchStandardize(width) if frozen else nn.Identity()
+        self.head = nn.Linear(width, classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+        self.encoder.requires_grad_(not frozen)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.encoder.train(mode and not self.frozen)
+        return self
+
+    def features(self, images):
+        """Images (B, 3, H, W) in [0, 1] -> (B, C)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            tokens = self.encoder(images)  # (B, 1 + N, C)
+        return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)
+
+    def forward(self, images):
+        return self.head(self.standardize(self.features(images)))
+
+    def layers(self):
+        """Parameters from input to output, [[embedding], [block 1], ..., [norm, head]]."""
+        embedding = [self.encoder.cls_token, *self.encoder.patch_embed.parameters()]
+        top = [*self.encoder.norm.parameters(), *self.head.parameters()]
+        return [embedding, *(list(b.parameters()) for b in self.encoder.blocks), top]
+
+
+def resize_positions(positions, side):
+    """Position embedding (1, 1 + n*n, C), CLS first -> (1, 1 + side*side, C), bicubic.
+
+    ValueError if the patches are not those of a square image.
+    """
+    _, tokens, C = positions.shape
+    n = math.isqrt(tokens - 1)
+    if n * n != tokens - 1:
+        raise ValueError(f"{tokens - 1} positions are not those of a square image")
+    if n == side:
+        return positions
+    grid = positions[:, 1:].reshape(1, n, n, C).permute(0, 3, 1, 2).float()  # (1, C, n, n)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2).to(positions)], dim=1)
+
+
+def encoder_weights(weights, side):
+    """Weights of an autoencoder, ours or published -> those of a `ViT` of side x side patches.
+
+    weights: {name: tensor}. Leaves out the decoder, resizes the positions, fixed or learnt, and
+    moves CLS's position, which `ViT.encode` takes for zero, into the CLS token. Any other name is
+    kept, for strict loading to judge.
+    """
+    decoder = ("decoder_", "mask_token")
+    weights = {k: v for k, v in weights.items() if not k.startswith(decoder)}
+    if "pos_embed" in weights and "cls_token" in weights:
+        positions = resize_positions(weights["pos_embed"], side)
+        weights["cls_token"] = weights["cls_token"] + positions[:, :1]
+        zero = torch.zeros_like(positions[:, :1])
+        weights["pos_embed"] = torch.cat([zero, positions[:, 1:]], dim=1)
+    return weights
+
+
+def build_classifier(size, classes, *, image_size, patch_size, pool, frozen, drop=0.0):
+    """A classifier of a size in MAE_SIZES; ValueError if the patch size does not fit the image."""
+    sizes = {k: MAE_SIZES[size][k] for k in ("width", "depth", "heads")}
+    encoder = ViT(image_size=image_size, patch_size=patch_size, drop=drop, **sizes)
+    return Classifier(encoder, classes, pool, frozen)
 
 
 # ---- Discriminator D, which is also the loss network phi (sec. 3.1) ------------------------------

@@ -287,7 +287,7 @@ def parameter_groups(module, weight_decay):
 
 
 def wrap(module, device):
-    """DistributedDataParallel when there are several processes. No buffer ever changes here."""
+    """DistributedDataParallel when there are several processes. Buffers are the same on all."""
     if not dist.is_initialized():
         return module
     ids = [device.index] if device.type == "cuda" else None
@@ -528,12 +528,10 @@ def new_progress():
 
 def stateful(run):
     """The parts of a run with a state_dict, by their names in a checkpoint."""
-    parts = {name: getattr(run, name) for name in ("mae", "disc", "opt_g", "opt_d", "ada")}
-    parts |= {name: getattr(run, name) for name in ("scaler_g", "scaler_d")}
     return {
         name: unwrap(part) if isinstance(part, torch.nn.Module) else part
-        for name, part in parts.items()
-        if part is not None
+        for name, part in vars(run).items()
+        if hasattr(part, "state_dict")
     }
 
 
@@ -541,9 +539,9 @@ def save_checkpoint(path, run, progress, args):
     """Write everything needed to continue. A kill at any instant leaves the last good file."""
     if not is_main():
         return
-    for name in ("mae", "disc"):
-        network = getattr(run, name)
-        if network is not None and not all(p.isfinite().all() for p in network.parameters()):
+    for name, part in stateful(run).items():
+        weights = part.parameters() if isinstance(part, torch.nn.Module) else []
+        if not all(p.isfinite().all() for p in weights):
             fail(f"{name} has non-finite weights; {path} keeps the last good ones: lower --lr")
     checkpoint = {name: part.state_dict() for name, part in stateful(run).items()}
     checkpoint |= {"progress": progress, "arguments": vars(args), "rng": torch.get_rng_state()}
@@ -558,8 +556,11 @@ def save_checkpoint(path, run, progress, args):
         fail(f"cannot write {path}: {error.strerror}; the last good checkpoint is untouched")
 
 
-def read_checkpoint(path):
-    """Load a checkpoint file on the CPU, as data only: nothing in it is executed."""
+def read_checkpoint(path, holds=("mae", "arguments", "progress"), kind="a checkpoint of train.py"):
+    """Load a checkpoint file on the CPU, as data only: nothing in it is executed.
+
+    holds: what must be in it. kind: what to say that the file is not.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of foreign pickles: refused just below
@@ -567,25 +568,28 @@ def read_checkpoint(path):
     except FileNotFoundError:
         fail(f"checkpoint {path} does not exist")
     except Exception as error:  # anything else can be in the file
-        fail(f"{path} is not a checkpoint of train.py ({type(error).__name__})")
-    if not isinstance(checkpoint, dict) or not {"mae", "arguments", "progress"} <= set(checkpoint):
-        fail(f"{path} is not a checkpoint of train.py (it lacks mae, arguments or progress)")
+        fail(f"{path} is not {kind} ({type(error).__name__})")
+    if not isinstance(checkpoint, dict) or not set(holds) <= set(checkpoint):
+        fail(f"{path} is not {kind} (it lacks {', '.join(holds[:-1])} or {holds[-1]})")
     return checkpoint
 
 
-def resume(args, run, path, layout):
+def resume(args, run, path, layout, must_fit=ARGUMENTS_THAT_MUST_FIT, script="train.py"):
     """Continue from a checkpoint if `--resume` says so and there is one -> progress.
 
     layout: {what: number} that must not change within an epoch, or its steps would mean others.
+    must_fit: arguments that must be as they were. script: which one's checkpoints these are.
     """
     if args.resume == ["off"] or (args.resume == ["auto"] and not path.exists()):
         return new_progress() | {"layout": layout}
     if len(args.resume) > 1:
         fail("training continues one checkpoint; give --resume one path")
     path = path if args.resume == ["auto"] else Path(args.resume[0])
-    checkpoint = read_checkpoint(path)
+    network = next(iter(stateful(run)))  # "mae", or what another script calls its own
+    holds = (network, "arguments", "progress")
+    checkpoint = read_checkpoint(path, holds, f"a checkpoint of {script}")
     then, now = checkpoint["arguments"], vars(args)
-    differ = [k for k in ARGUMENTS_THAT_MUST_FIT if then.get(k) != now[k]]
+    differ = [k for k in must_fit if then.get(k) != now[k]]
     if differ:
         listed = ", ".join(f"--{k.replace('_', '-')} {then.get(k)} (now {now[k]})" for k in differ)
         fail(f"{path} was trained with {listed}; give the same, or another --out, or --resume off")
@@ -598,7 +602,8 @@ def resume(args, run, path, layout):
         if not checkpoint[name]:  # a disabled scaler's state is empty
             continue
         flags = [
-            {k: g[k] for k in ("betas", "weight_decay")} for g in getattr(part, "param_groups", [])
+            {k: g[k] for k in ("betas", "weight_decay", "lr_scale") if k in g}
+            for g in getattr(part, "param_groups", [])
         ]
         part.load_state_dict(checkpoint[name])
         for group, values in zip(getattr(part, "param_groups", []), flags, strict=True):
@@ -609,10 +614,10 @@ def resume(args, run, path, layout):
     return progress | {"layout": layout}
 
 
-def start_output(out, epoch):
+def start_output(out, epoch, pictures=True):
     """Make the folders; keep the log's lines of the epochs before `epoch`, the rest is redone."""
     try:
-        (out / "pictures").mkdir(parents=True, exist_ok=True)
+        (out / "pictures" if pictures else out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"cannot write to --out {out}: {error.strerror}")
     log, kept = out / "log.jsonl", []
@@ -774,8 +779,8 @@ def benchmark(args, device, world):
 # ---- Around the training loop --------------------------------------------------------------------
 
 
-def build_data(args):
-    """-> (training, validation) `PretrainSet`; one line and status 2 if that cannot be."""
+def open_data(args):
+    """-> (training, validation) source of --data; one line and status 2 if that cannot be."""
     if args.data == "data/imagenet" and not Path(args.data).exists():
         fail("data/imagenet does not exist: put ImageNet there, or give --data PATH, "
              "--data shapes (drawn on the fly), or --demo")  # fmt: skip
@@ -783,14 +788,17 @@ def build_data(args):
     if dist.is_initialized() and not first:
         dist.barrier()  # one process of a node downloads what is to be downloaded
     try:
-        train_source, val_source = open_sources(
-            args.data, image_size=args.image_size, seed=args.seed
-        )
+        return open_sources(args.data, image_size=args.image_size, seed=args.seed)
     except (ValueError, OSError) as error:  # what is wrong with it, and the remedy
         fail(str(error))
     finally:
         if dist.is_initialized() and first:
             dist.barrier()
+
+
+def build_data(args):
+    """-> (training, validation) `PretrainSet`; one line and status 2 if that cannot be."""
+    train_source, val_source = open_data(args)
     common = dict(
         image_size=args.image_size,
         num_patches=(args.image_size // args.patch_size) ** 2,
@@ -825,10 +833,11 @@ def agree(run, terms, batches, signalled, progress, dataset):
     return {name: total / world_size() for name, total in report.items()}, stopping
 
 
-def note_bad_images(found, known, dataset):
+def note_bad_images(found, known, dataset, fate="replaced"):
     """Add every process's newly found unreadable images to `known`; name each; end if too many.
 
-    found: {index: reason} of this process. known: list of indices. Call on all processes.
+    found: {index: reason} of this process. known: list of indices. fate: what became of them.
+    Call on all processes.
     """
     everyone = [found]
     if dist.is_initialized():
@@ -836,7 +845,7 @@ def note_bad_images(found, known, dataset):
         dist.all_gather_object(everyone, found)
     for index, reason in {k: v for part in everyone for k, v in part.items()}.items():
         known.append(index)
-        say(f"unreadable, replaced: {dataset.name(index)} ({reason})", sys.stderr)
+        say(f"unreadable, {fate}: {dataset.name(index)} ({reason})", sys.stderr)
     allowed = min(dataset.bad_limit(), len(dataset) - 1)
     if len(known) > allowed:
         fail(f"{len(known)} of {len(dataset)} images are unreadable, a run allows {allowed}; "
