@@ -554,9 +554,9 @@ class PretrainSet(Dataset):
 class LabelledSet(PretrainSet):
     """Samples for classification: `set[(epoch, index)]` is (image, label, seed, bad).
 
-    As `PretrainSet`, with the label, int64 (), in the noise's place. An unreadable image is replaced
-    by the next one and its label, but without augmentation the label becomes -1, "do not count":
-    measuring an image twice would be wrong.
+    As `PretrainSet`, with the label, int64 (), in the noise's place. An unreadable image is
+    replaced by the next one and its label, but without augmentation the label becomes -1, "do not
+    count": measuring an image twice would be wrong.
 
     PAPER SILENT: crops. MAE's: .08 to 1 of the area, flips; measured on the central 224/256 of the
     shorter side, or all of it where that leaves fewer pixels than the network takes.

@@ -569,8 +569,11 @@ def read_checkpoint(path, holds=("mae", "arguments", "progress"), kind="a checkp
         fail(f"checkpoint {path} does not exist")
     except Exception as error:  # anything else can be in the file
         fail(f"{path} is not {kind} ({type(error).__name__})")
-    if not isinstance(checkpoint, dict) or not set(holds) <= set(checkpoint):
-        fail(f"{path} is not {kind} (it lacks {', '.join(holds[:-1])} or {holds[-1]})")
+    if not isinstance(checkpoint, dict):
+        fail(f"{path} is not {kind} (it holds a {type(checkpoint).__name__})")
+    lacking = [name for name in holds if name not in checkpoint]
+    if lacking:
+        fail(f"{path} is not {kind} (it lacks {', '.join(lacking)})")
     return checkpoint
 
 
