@@ -4,6 +4,7 @@ Each test is one claim. Expected values come from hand calculation or from a slo
 computation, never from the code under test.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import data
+import finetune
 import losses
 import model
 import train
@@ -78,13 +80,13 @@ def gradients(network):
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.requires_grad])
 
 
-def command(*flags):
-    """Run train.main in this process -> (exit status, standard error)."""
+def command(*flags, script=train):
+    """Run a script's main in this process -> (exit status, standard error)."""
     errors = io.StringIO()
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         try:
-            status = train.main([str(f) for f in flags]) or 0
+            status = script.main([str(f) for f in flags]) or 0
         except SystemExit as exit:
             status = exit.code
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
@@ -92,18 +94,18 @@ def command(*flags):
     return status, errors.getvalue()
 
 
-def refused(*flags, names):
+def refused(*flags, names, script=train):
     """The command ends with status 2 and one line on standard error that holds each of `names`."""
-    status, errors = command(*flags)
+    status, errors = command(*flags, script=script)
     assert status == 2, (status, errors)
     assert errors.count("\n") == 1 and "Traceback" not in errors, errors
     assert all(name in errors for name in names), (names, errors)
 
 
 def weights(out):
-    """G's (and D's) weights in a checkpoint, by name."""
+    """G's (and D's), or a classifier's, weights in a checkpoint, by name."""
     checkpoint = torch.load(Path(out) / "checkpoint.pt", weights_only=True)
-    parts = [part for part in ("mae", "disc") if part in checkpoint]
+    parts = [part for part in ("mae", "disc", "classifier") if part in checkpoint]
     return {f"{part}.{k}": v for part in parts for k, v in checkpoint[part].items()}
 
 
@@ -1741,6 +1743,412 @@ def test_two_processes_give_the_gradients_of_one_for_every_row():
         for expected, first, second in zip(state, parts[0][row][1], parts[1][row][1], strict=True):
             assert torch.equal(first, second), row
             close(first, expected, 1e-5)
+
+
+# ---- Fine-tuning ---------------------------------------------------------------------------------
+
+PROBE = ["--batch-size", "4", "--workers", "0", "--data", "shapes", "--val-images", "9"]
+RANDOM = ["--checkpoint", "none", "--model", "tiny", "--image-size", "32", "--patch-size", "8"]
+
+
+def probe_run(*flags, classes=3):
+    """A finetune.py run without data: (run, args)."""
+    args = finetune.parse_args([str(f) for f in [*RANDOM, "--out", "unused", *flags]])
+    return finetune.build_run(args, finetune.read_weights(args), classes, torch.device("cpu")), args
+
+
+def labelled_batch(B=4, classes=3):
+    """What a loader of `LabelledSet` gives: (images uint8 (B, 3, 32, 32), labels, seeds, bad)."""
+    images = (tiny_batch(B)[0] * 255).byte()
+    return images, torch.arange(B) % classes, torch.arange(B), []
+
+
+def test_drop_path_drops_whole_branches_and_keeps_the_mean():
+    x = torch.ones(4000, 2, 3)
+    torch.manual_seed(0)
+    dropped = model.drop_path(x, 0.25)
+    assert all(len(row.unique()) == 1 for row in dropped)
+    assert dropped.unique().tolist() == [0.0, torch.tensor(1 / 0.75).item()]
+    close(dropped.mean(), 1.0, 0.03)  # standard error of the mean: .009
+    run, _ = probe_run("--drop-path", 0.5)
+    rates = [block.drop for block in run.classifier.encoder.blocks]
+    close(rates, [0, 0.1, 0.2, 0.3, 0.4, 0.5], 1e-9)
+    images = tiny_batch()[0]
+    assert not torch.equal(run.classifier(images), run.classifier(images))
+    run.classifier.eval()
+    assert torch.equal(run.classifier(images), run.classifier(images))
+
+
+def cubic(t, a=-0.75):
+    """Keys' kernel of cubic convolution."""
+    t = abs(t)
+    if t <= 1:
+        return (a + 2) * t**3 - (a + 3) * t**2 + 1
+    return a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a if t < 2 else 0.0
+
+
+def test_resized_positions_equal_a_slow_cubic_convolution():
+    positions = torch.randn(1, 1 + 16, 2)
+    assert torch.equal(model.resize_positions(positions, 4), positions)
+    resized = model.resize_positions(positions, 6)
+    assert torch.equal(resized[:, 0], positions[:, 0])  # CLS has no place
+    grid = positions[0, 1:].view(4, 4, 2)
+    for i in range(6):
+        for j in range(6):
+            y, x = (i + 0.5) * 4 / 6 - 0.5, (j + 0.5) * 4 / 6 - 0.5
+            value = 0
+            for u in range(math.floor(y) - 1, math.floor(y) + 3):
+                for v in range(math.floor(x) - 1, math.floor(x) + 3):
+                    at = grid[min(max(u, 0), 3), min(max(v, 0), 3)]
+                    value = value + cubic(y - u) * cubic(x - v) * at
+            close(resized[0, 1 + 6 * i + j], value, 1e-5)
+
+
+def test_a_learnt_position_of_cls_is_kept():
+    encoder = model.ViT(image_size=16, patch_size=8, width=8, depth=1, heads=2)
+    images = torch.rand(2, 3, 16, 16)
+    weights = {k: v.clone() for k, v in encoder.state_dict().items()}
+    weights["pos_embed"] = torch.randn(1, 5, 8)
+    x = encoder.patch_embed(model.imagenet_normalize(images))
+    x = torch.cat([weights["cls_token"].expand(2, -1, -1), x], 1) + weights["pos_embed"]
+    expected = encoder.norm(encoder.blocks[0](x))
+    encoder.load_state_dict(model.encoder_weights(weights, 2))
+    close(encoder(images), expected, 1e-5)
+
+
+def test_standardizing_equals_batch_norm_without_weights():
+    ours = model.BatchStandardize(5)
+    reference = torch.nn.BatchNorm1d(5, affine=False, eps=1e-6)
+    for _ in range(3):
+        x = torch.randn(7, 5) * 3 + 10
+        close(ours(x), reference(x), 1e-5)
+    close(ours.running_mean, reference.running_mean, 1e-5)
+    close(ours.running_var, reference.running_var, 1e-5)
+    x = torch.randn(2, 5)
+    close(ours.eval()(x), reference.eval()(x), 1e-5)
+
+
+def test_a_probe_trains_its_head_alone():
+    run, args = probe_run("--task", "linear", "--lr", "0.1")
+    run.classifier.train()
+    assert not run.classifier.encoder.training and run.classifier.standardize.training
+    before = {k: v.clone() for k, v in run.classifier.state_dict().items()}
+    features = run.classifier.features(tiny_batch()[0])
+    assert not features.requires_grad
+    finetune.set_learning_rates(run, train.new_progress(), 1, args)
+    finetune.accumulate(run, [labelled_batch()], train.new_progress(), args)
+    assert all(p.grad is None for p in run.classifier.encoder.parameters())
+    finetune.update(run, apply=True)
+    changed = {k for k, v in run.classifier.state_dict().items() if not torch.equal(v, before[k])}
+    statistics = {"standardize.running_mean", "standardize.running_var"}
+    assert changed == statistics | {"head.weight", "head.bias"}
+
+
+def test_pooling_takes_cls_or_the_mean_patch():
+    images = tiny_batch()[0]
+    for pool in ("cls", "mean"):
+        network = probe_run("--pool", pool)[0].classifier.eval()
+        tokens = network.encoder(images)
+        expected = tokens[:, 0] if pool == "cls" else sum(tokens[:, i] for i in range(1, 17)) / 16
+        close(network.features(images), expected, 1e-5)
+
+
+def test_label_smoothing_equals_hand_value():
+    # softmax(ln 2, 0, 0) = (1/2, 1/4, 1/4); target .9 + .1/3, .1/3, .1/3
+    logits = torch.tensor([[math.log(2), 0.0, 0.0]])
+    expected = (0.9 + 0.1 / 3) * math.log(2) + 2 * 0.1 / 3 * math.log(4)
+    close(finetune.classification_loss(logits, torch.tensor([0]), 0.1), expected, 1e-6)
+    halves = torch.tensor([[0.5, 0.5, 0.0]])  # probabilities are smoothed alike
+    expected = (0.45 + 0.1 / 3) * (math.log(2) + math.log(4)) + 0.1 / 3 * math.log(4)
+    close(finetune.classification_loss(logits, halves, 0.1), expected, 1e-6)
+
+
+def test_mixed_targets_have_the_share_of_their_pixels():
+    # Sample i is painted in the colour i, so that its pixels tell which images it is made of.
+    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 32, 32).clone()
+    for flags in (["--cutmix", 0], ["--mixup", 0], []):
+        run, _ = probe_run("--task", "finetune", *flags, classes=4)
+        for seed in range(5):
+            torch.manual_seed(seed)
+            mixed, targets = run.mix(images, torch.arange(4))
+            close(targets.sum(1), torch.ones(4), 1e-6)
+            close(mixed.mean((1, 2, 3)), targets @ torch.arange(4.0), 1e-4)
+            blended = len(mixed[1, 0].unique()) == 1  # one colour: mixup; two: a pasted box
+            assert not flags or blended == (flags[0] == "--cutmix") or targets.max() > 0.999
+    assert probe_run("--task", "linear")[0].mix is None
+
+
+def test_layer_decay_halves_the_rate_from_layer_to_layer():
+    run, args = probe_run("--layer-decay", 0.5, "--lr", 1.0, "--warmup-epochs", 0)
+    finetune.set_learning_rates(run, train.new_progress(), 10, args)
+    found = {}
+    for group in run.opt.param_groups:
+        for p in group["params"]:
+            assert p not in found
+            found[p] = (group["lr"], group["weight_decay"])
+    for name, p in run.classifier.named_parameters():
+        if name.startswith(("head", "encoder.norm")):
+            rate = 1.0
+        elif "blocks" in name:
+            rate = 0.5 ** (6 - int(name.split(".")[2]))  # block 5, the last: 1/2
+        else:
+            rate = 0.5**7
+        decay = 0.05 if "weight" in name and "norm" not in name else 0.0
+        assert found.pop(p) == (rate, decay), name
+    assert not found
+    assert len(probe_run("--layer-decay", 1)[0].opt.param_groups) == 2
+
+
+def test_rand_augment_draws_magnitudes_around_nine_tenths_for_half_of_the_operations():
+    drawn = []
+
+    def record(num_ops, magnitude, **_):
+        drawn.append(magnitude)
+        return lambda image: image
+
+    real, data.v2.RandAugment = data.v2.RandAugment, record
+    torch.manual_seed(0)
+    try:
+        for _ in range(2000):
+            data.rand_augment(None, magnitude=6)
+    finally:
+        data.v2.RandAugment = real
+    assert abs(len(drawn) / 2000 - 1) < 0.1  # two operations, each half of the time
+    assert abs(np.mean(drawn) - 18) < 0.2 and abs(np.std(drawn) - 1.5) < 0.15  # in 30 steps
+    image = Image.new("RGB", (8, 8), "red")
+    assert data.rand_augment(image, magnitude=0) is image
+
+
+def test_subsets_are_balanced_seeded_and_refused_where_a_class_is_too_small():
+    targets = [0] * 100 + [1] * 50 + [2] * 4
+    tenth = data.choose_images(targets, seed=0, fraction=0.1)
+    assert np.bincount([targets[i] for i in tenth]).tolist() == [10, 5, 1]  # .4 is at least one
+    shots = data.choose_images(targets, seed=0, shots=3)
+    assert np.bincount([targets[i] for i in shots]).tolist() == [3, 3, 3]
+    assert len(set(shots.tolist())) == 9
+    assert torch.equal(shots, data.choose_images(targets, seed=0, shots=3))
+    assert not torch.equal(shots, data.choose_images(targets, seed=1, shots=3))
+    try:
+        data.choose_images(targets, seed=0, shots=5)
+    except ValueError as error:
+        assert "class number 2 has 4 images, not 5" in str(error)
+    else:
+        raise AssertionError("five shots of four images")
+
+
+def test_labelled_samples_are_functions_of_seed_epoch_and_index_and_centre_crops():
+    source = data.Shapes("train", 64)
+    dataset = data.LabelledSet(source, [5, 17, 3], image_size=32, seed=0, magnitude=9)
+    a, b = dataset[1, 1], dataset[1, 1]
+    assert torch.equal(a[0], b[0]) and a[1].item() == source.targets[17] == 7
+    assert not torch.equal(a[0], dataset[2, 1][0])
+    # Measured: the central 7/8 of 64 px, or all of 32 px.
+    for size, kept in ((64, 56), (32, 32)):
+        source = data.Shapes("val", size)
+        image, label, _, bad = data.LabelledSet(source, [4], image_size=32, seed=0, augment=False)[
+            0, 0
+        ]
+        low = (size - kept) / 2
+        expected = source[4][0].resize(
+            (32, 32), Image.Resampling.BICUBIC, box=(low, low, low + kept, low + kept)
+        )
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(expected))
+        assert label.item() == 4 and not bad
+
+
+def test_top_1_and_top_5_equal_hand_counts():
+    scores = torch.tensor([[6.0, 5, 4, 3, 2, 1]] * 5)
+    labels = torch.tensor([0, 4, 5, -1, 0])  # first, fifth, sixth, not counted, first
+    counts = {k: int(v) for k, v in finetune.count_correct(scores, labels).items()}
+    assert counts == {"top1": 2, "top5": 3, "images": 4}
+    assert finetune.as_row(counts, 6) == {"top1": 50.0, "top5": 75.0, "val_images": 4}
+    assert "top5" not in finetune.as_row(counts, 5)  # it could not be wrong
+    few = finetune.count_correct(scores[:, :3], torch.tensor([2, 1, 0, 0, 0]))
+    assert (int(few["top1"]), int(few["top5"])) == (3, 5)
+
+
+def test_knn_votes_equal_a_slow_loop():
+    torch.manual_seed(0)
+    queries, bank = (F.normalize(torch.randn(n, 4), dim=1) for n in (3, 20))
+    labels = torch.randint(0, 3, (20,))
+    scores = finetune.knn_scores(queries, bank, labels, classes=3, k=5, temperature=0.1)
+    for q in range(3):
+        nearest = sorted(range(20), key=lambda i: -float(queries[q] @ bank[i]))[:5]
+        votes = [0.0] * 3
+        for i in nearest:
+            votes[labels[i]] += math.exp((float(queries[q] @ bank[i]) - 1) / 0.1)
+        close(scores[q], torch.tensor(votes), 1e-5)
+    few = finetune.knn_scores(queries, bank[:2], labels[:2], classes=3, k=5, temperature=0.1)
+    assert few.shape == (3, 3)  # fewer images than k: all of them vote
+
+
+def test_every_kind_of_autoencoder_and_published_files_load_as_they_were():
+    images = tiny_batch()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "c.pt"
+        for arch, scales in (("mae", 1), ("msg_mae", 4)):
+            mae = model.build_mae("tiny", 32, 8, arch, scales)
+            sizes = {"model": "tiny", "image_size": 32, "patch_size": 8}
+            state = mae.state_dict()
+            encoder = {k: v for k, v in state.items() if not k.startswith(("decoder", "mask"))}
+            space = argparse.Namespace(lr=1)  # as MAE's own checkpoints hold
+            files = [{"mae": state, "arguments": sizes, "progress": {}}]
+            files += [{"model": encoder}, {"model": state, "args": space}] if scales == 1 else []
+            for content in files:
+                torch.save(content, path)
+                args = finetune.parse_args(["--checkpoint", str(path), "--task", "knn"])
+                weights = finetune.read_weights(args)
+                assert (args.model, args.image_size, args.patch_size) == ("tiny", 32, 8)
+                run = finetune.build_run(args, weights, 3, torch.device("cpu"))
+                assert torch.equal(run.classifier.encoder(images), mae.encode(images))
+        args = finetune.parse_args(["--checkpoint", str(path), "--image-size", "48"])
+        run = finetune.build_run(args, finetune.read_weights(args), 3, torch.device("cpu"))
+        assert run.classifier(torch.rand(2, 3, 48, 48)).shape == (2, 3)
+
+
+def test_encoders_load_whole_or_not_at_all_and_bad_flags_end_in_one_line():
+    def spoil(change):
+        weights = model.build_mae("tiny", 32, 8).state_dict()
+        change(weights)
+        sizes = {"model": "tiny", "image_size": 32, "patch_size": 8}
+        torch.save({"mae": weights, "arguments": sizes, "progress": {}}, path)
+
+    def rejected(*flags, names):
+        refused("--out", path.parent / "run", *PROBE, *flags, names=names, script=finetune)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "spoilt.pt"
+        given = ["--checkpoint", path]
+        spoil(lambda w: w.pop("blocks.5.norm1.bias"))
+        rejected(*given, names=["missing: blocks.5.norm1.bias", "nothing was loaded"])
+        spoil(lambda w: w.update({"fc_norm.weight": torch.ones(3), "extra": torch.ones(1)}))
+        rejected(*given, names=["unexpected: fc_norm.weight, extra"])
+        spoil(lambda w: w.update({"norm.bias": torch.ones(3)}))
+        rejected(*given, names=["of another shape: norm.bias [3] for [192]"])
+        spoil(lambda w: w.update({"pos_embed": torch.ones(1, 8, 192)}))
+        rejected(*given, names=["positions", "7"])
+        spoil(lambda w: [w.update({"generator." + k: w.pop(k)}) for k in list(w)])
+        rejected(*given, names=["missing: cls_token", "unexpected: ", "generator.cls_token"])
+        torch.save({"model": {"weight": torch.ones(1)}}, path)
+        rejected(*given, names=["missing: cls_token", "weight"])
+        torch.save(torch.ones(3), path)
+        rejected(*given, names=["spoilt.pt is not a checkpoint", "Tensor"])
+        torch.save({"epoch": 3}, path)
+        rejected(*given, names=["spoilt.pt is not a checkpoint"])
+        for content in (b"hello", pickle.dumps(Malicious(Path(folder) / "executed"))):
+            path.write_bytes(content)
+            rejected(*given, names=["spoilt.pt is not a checkpoint"])
+        assert not (Path(folder) / "executed").exists()
+        spoil(lambda w: None)
+        rejected(*given, "--model", "small", names=["--model small", "has tiny"])
+        rejected(*given, "--patch-size", 4, names=["--patch-size 4", "has 8"])
+        rejected(*given, "--image-size", 44, names=["image size 44", "patch size 8"])
+        rejected(*given, "--eval", names=["not a checkpoint of finetune.py"])
+        rejected(names=["--checkpoint is missing", "none"])
+        rejected(*RANDOM, "--shots", 1, "--fraction", 0.1, names=["--fraction", "--shots"])
+        rejected(*RANDOM, "--fraction", 1.5, names=["--fraction 1.5"])
+        rejected(*RANDOM, "--limit-images", 3, names=["3 training images", "--batch-size"])
+        rejected(*RANDOM, "--drop-path", 1, names=["--drop-path 1", "below 1"])
+        rejected("--checkpoint", Path(folder) / "no.pt", names=["no.pt does not exist"])
+        assert not (Path(folder) / "run").exists()
+
+
+def test_classes_that_differ_between_train_and_val_are_refused_by_name():
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_folder(root / "train", classes=("ant", "bee", "cat"))
+        write_folder(root / "val", classes=("ant", "bee", "dog"), count=2)
+        flags = [*RANDOM, "--task", "knn", "--workers", 0, "--out", root / "out"]
+        names = ["cat only in train", "dog only in val"]
+        refused(*flags, "--data", root, names=names, script=finetune)
+        write_folder(root / "flat", classes=("",), count=20)
+        refused(*flags, "--data", root / "flat", names=["no classes"], script=finetune)
+
+
+def test_unreadable_validation_images_are_left_out_and_named():
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_folder(root / "train", count=6)
+        write_folder(root / "val", count=6)
+        (root / "val" / "b" / "3.png").write_text("not an image")
+        flags = [*RANDOM, "--data", root, "--workers", 0, "--batch-size", 4, "--epochs", 2]
+        for task in ("linear", "knn"):
+            out = root / task
+            status, errors = command(*flags, "--task", task, "--out", out, script=finetune)
+            assert status == 0 and errors.count("left out: ") == 1 and "b/3.png" in errors, errors
+            rows = [json.loads(row) for row in (out / "log.jsonl").read_text().splitlines()]
+            assert all(row["val_images"] == 11 for row in rows)
+
+
+def test_fine_tuning_stopped_in_mid_epoch_continues_bit_for_bit_and_eval_agrees():
+    flags = [*RANDOM, *PROBE, "--limit-images", 16, "--epochs", 2, "--lr", 1e-3]
+    for task in ("linear", "finetune"):
+        with tempfile.TemporaryDirectory() as folder:
+            once, twice = folder + "/once", folder + "/twice"
+            flags_of_task = [*flags, "--task", task]
+            assert command(*flags_of_task, "--out", once, script=finetune)[0] == 0
+            args = [*flags_of_task, "--out", twice]
+            assert command(*args, "--steps", 6, script=finetune)[0] == 0  # of 8
+            refused(*args, "--pool", "mean", names=["--pool cls (now mean)"], script=finetune)
+            assert command(*args, script=finetune)[0] == 0
+            same_weights(once, twice)
+            logs = [Path(p, "log.jsonl").read_text().splitlines() for p in (once, twice)]
+            rows = [[json.loads(line) for line in log] for log in logs]
+            for a, b in zip(*rows, strict=True):
+                assert (a["loss"], a["val_loss"], a["top1"]) == (
+                    b["loss"],
+                    b["val_loss"],
+                    b["top1"],
+                )
+            best = max(rows[0], key=lambda row: row["top1"])
+            output = io.StringIO()
+            given = ["--eval", "--checkpoint", once + "/best.pt", *PROBE]
+            with contextlib.redirect_stdout(output):
+                assert finetune.main(given) == 0
+            assert f"val_loss {best['val_loss']:.4g}" in output.getvalue(), output.getvalue()
+
+
+def test_a_probe_and_fine_tuning_learn_colours():
+    with tempfile.TemporaryDirectory() as folder:
+        for part in ("train", "val"):
+            for name in ("red", "green", "blue"):
+                (Path(folder) / part / name).mkdir(parents=True)
+                for i in range(8):
+                    Image.new("RGB", (32, 32), name).save(Path(folder) / part / name / f"{i}.png")
+        flags = [*RANDOM, "--data", folder, "--workers", 0, "--batch-size", 8, "--epochs", 6]
+        flags += ["--mixup", 0, "--cutmix", 0, "--rand-augment", 0, "--lr", 3e-3]
+        for task in ("linear", "finetune", "knn"):
+            out = Path(folder) / task
+            assert command(*flags, "--task", task, "--out", out, script=finetune)[0] == 0
+            row = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+            assert row["top1"] == 100, (task, row)
+            assert "top5" not in row
+
+
+def test_two_processes_measure_what_one_does():
+    flags = [*RANDOM, "--data", "shapes", "--val-images", 21, "--limit-images", 41]
+    flags += ["--workers", 0, "--epochs", 1, "--lr", 1e-4, "--drop-path", 0, "--k", 5]
+    flags += ["--mixup", 0, "--cutmix", 0]  # these act on the batch of a process
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = []
+        for number, task in enumerate(finetune.TASKS):
+            own = ["--task", task, "--out", f"{folder}/{task}2", "--batch-size", 2]
+            port = 20000 + (os.getpid() + 5000 * (number + 1)) % 20000
+            for r in range(2):
+                place = dict(RANK=r, WORLD_SIZE=2, LOCAL_RANK=r, MASTER_PORT=port)
+                place["MASTER_ADDR"] = "127.0.0.1"
+                ranks.append(launch("finetune.py", *flags, *own, **place))
+        for task in finetune.TASKS:
+            own = ["--task", task, "--out", f"{folder}/{task}1", "--batch-size", 4]
+            assert command(*flags, *own, script=finetune)[0] == 0
+        for process in ranks:
+            assert process.wait() == 0, process.stdout.read()
+        for task in finetune.TASKS:
+            logs = [Path(folder, f"{task}{world}", "log.jsonl").read_text() for world in (1, 2)]
+            one, two = (json.loads(log) for log in logs)
+            assert one["val_images"] == two["val_images"] == 21
+            assert (one["top1"], one["top5"]) == (two["top1"], two["top5"]), (one, two)
+            close(one.get("val_loss", 0), two.get("val_loss", 0), 1e-4)
 
 
 # ---- Runner --------------------------------------------------------------------------------------
