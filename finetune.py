@@ -94,13 +94,14 @@ DEMO = dict(
     checkpoint="runs/demo/checkpoint.pt",
     data="shapes",
     pool="mean",
-    limit_images=2000,
+    limit_images=1600,
     val_images=1000,
     batch_size=50,
-    epochs=5,
+    epochs=4,
     lr=1e-2,
     crop_min=0.5,
     workers=1,
+    out="runs/demo/finetune",
     resume=["off"],
     task="linear",
 )
@@ -108,12 +109,14 @@ DEMO = dict(
 ARGUMENTS_THAT_MUST_FIT = (
     "task",
     "checkpoint",
+    "data",
     "model",
     "image_size",
     "patch_size",
     "pool",
     "fraction",
     "shots",
+    "layer_decay",
     "seed",
     "classes",
 )
@@ -661,6 +664,8 @@ def parse_args(argv=None):
         args.checkpoint = "none"
     if args.checkpoint is None:
         fail("--checkpoint is missing: give a file, or none for random weights; or try --demo")
+    if args.eval and args.checkpoint == "none":
+        fail("--eval measures a checkpoint of finetune.py; give one with --checkpoint")
     if args.benchmark and args.task == "knn":
         fail("--benchmark times training steps, and --task knn has none")
     for name, value in TASKS[args.task].items():
@@ -752,7 +757,7 @@ def fit(run, train_set, val_set, rank, args):
             say(f"stopped at step {progress['step']}; --resume {out}/checkpoint.pt continues")
             break
     else:
-        say(f"done: {out}/checkpoint.pt, {out}/best.pt, {out}/log.jsonl")
+        say(f"done: {out}/log.jsonl, {out}/best.pt (top1 {progress['best']:.4g})")
     return stop["signal"], progress["best"]
 
 
@@ -778,11 +783,12 @@ def demo(args, device, rank):
     """k-NN and linear top-1 of the demo's encoder and of random weights; prints a table."""
     if not Path(args.checkpoint).exists():
         fail(f"{args.checkpoint} does not exist: run `python train.py --demo` first")
-    base, sizes, lines = Path(args.out).parent, {}, []
+    sizes, lines = {}, []
     for checkpoint in (args.checkpoint, "none"):
         results = []
         for task in ("knn", "linear"):
-            out = str(base / f"{task}_{'random' if checkpoint == 'none' else 'pretrained'}")
+            kind = "random" if checkpoint == "none" else "pretrained"
+            out = f"{args.out}/{task}_{kind}"
             one = argparse.Namespace(**vars(args) | sizes)
             one.checkpoint, one.task, one.out = checkpoint, task, out
             stopped, top1 = measure(one, device, rank)

@@ -433,7 +433,11 @@ class BatchStandardize(nn.Module):
 class Classifier(nn.Module):
     """ViT encoder with the original ViT's head: one linear layer. Images -> logits (B, classes).
 
-    pool: "cls", the CLS token, or "mean", the mean patch token, both after the final norm.
+    PAPER: sec. 4, "the original ViT model classification head". PAPER SILENT: whether positions
+    are trained; ours stay as they are (MAE's fine-tuning trains them).
+
+    pool: "cls", the CLS token, or "mean", the mean patch token, both after the encoder's own final
+    norm (MAE's fine-tuning averages first, under a new norm).
     frozen: a linear probe. The encoder then needs no gradient and stays in evaluation mode, and
     the head sees standardised features.
     """

@@ -594,7 +594,9 @@ def resume(args, run, path, layout, must_fit=ARGUMENTS_THAT_MUST_FIT, script="tr
     then, now = checkpoint["arguments"], vars(args)
     differ = [k for k in must_fit if then.get(k) != now[k]]
     if differ:
-        listed = ", ".join(f"--{k.replace('_', '-')} {then.get(k)} (now {now[k]})" for k in differ)
+        listed = ", ".join(
+            f"--{k.replace('_', '-')} {then.get(k)!s:.60} (now {now[k]!s:.60})" for k in differ
+        )
         fail(f"{path} was trained with {listed}; give the same, or another --out, or --resume off")
     progress = checkpoint["progress"]
     for what, number in layout.items():
