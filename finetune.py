@@ -7,7 +7,7 @@
 
 Implements sec. 4 of the paper ("Fine-tuning") and the supplement's Table 2 for classification.
 Reads down: weights, networks and optimiser, the training step, accuracy, k-NN, benchmark, data,
-command line, and `main`; the training loop is `fit`. Processes, precision and checkpoints are
+command line, and `main`. The training loop (`fit`), processes, precision and checkpoints are
 train.py's, the networks are in model.py, the images in data.py.
 
 --checkpoint takes those of train.py, published MAE files ({"model": weights}), or `none`: random
@@ -17,7 +17,6 @@ continues where the checkpoint was saved.
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -35,7 +34,6 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from data import (
-    EpochSampler,
     LabelledSet,
     build_loader,
     check_classes,
@@ -45,15 +43,12 @@ from data import (
 )
 from model import MAE_SIZES, build_classifier, encoder_weights
 from train import (
-    MAX_NONFINITE,
     across_processes,
-    agree,
     at_least,
     autocast,
-    catch_stop_signals,
     choose_precision,
-    count_step,
     fail,
+    fit,
     images_per_step,
     is_main,
     learning_rate,
@@ -61,9 +56,7 @@ from train import (
     note_bad_images,
     open_data,
     parameter_groups,
-    progress_bar,
     read_checkpoint,
-    resume,
     save_checkpoint,
     say,
     start_output,
@@ -541,15 +534,17 @@ def finish_epoch(run, progress, lr, val, args):
     counted, out = max(1, progress["counted"]), Path(args.out)
     row = {"epoch": progress["epoch"], "step": progress["step"], "lr": lr}
     row |= {name: total / counted for name, total in progress["sums"].items()}
-    row |= evaluate(run, *val)
+    last = row["epoch"] == args.epochs
+    measured = evaluate(run, *val) if last or row["epoch"] % args.eval_every == 0 else {}
+    row |= measured
     row["images_per_second"] = progress["epoch_step"] * images_per_step(args) / progress["seconds"]
     row["seconds"] = progress["seconds"]
     row["bad_images"] = len(progress["bad_images"]) + len(val[1])
-    better, best = row["top1"] > progress["best"], max(row["top1"], progress["best"])
     report(row, out)
+    top1, best = measured.get("top1", -1.0), progress.get("best", -1.0)
     kept = {name: progress[name] for name in ("step", "bad_images", "layout")}
-    progress |= new_progress() | kept | {"epoch": row["epoch"] + 1, "best": best}
-    if better:
+    progress |= new_progress() | kept | {"epoch": row["epoch"] + 1, "best": max(top1, best)}
+    if top1 > best:
         save_checkpoint(out / "best.pt", run, progress, args)
 
 
@@ -642,6 +637,12 @@ def build_parser():
         metavar="auto|off|PATH",
         help="auto: continue OUT/checkpoint.pt if there is one; off: start anew",
     )
+    g.add_argument(
+        "--eval-every",
+        type=at_least(1),
+        default=1,
+        help="epochs between measurements; and the last",
+    )
     g.add_argument("--save-every", type=at_least(1), default=1, help="epochs between checkpoints")
     g.add_argument("--save-steps", type=at_least(1), help="steps between checkpoints, in addition")
     g.add_argument("--steps", type=at_least(1), help="stop after so many steps; the schedule stays")
@@ -695,72 +696,6 @@ def parse_args(argv=None):
 # ---- Main ----------------------------------------------------------------------------------------
 
 
-def fit(run, train_set, val_set, rank, args):
-    """Train the classifier, or its head; measure after each epoch -> (signal or 0, best top-1)."""
-    out, world = Path(args.out), world_size()
-    layout = {"images a step": images_per_step(args), "training images": len(train_set)}
-    progress = {"best": -1.0}
-    progress |= resume(
-        args, run, out / "checkpoint.pt", layout, ARGUMENTS_THAT_MUST_FIT, "finetune.py"
-    )
-    if across_processes({"step": progress["step"]}, run.device)["step"] != world * progress["step"]:
-        fail(f"the nodes disagree on {out}/checkpoint.pt: put --out on a disk that they share")
-    if progress["epoch"] > args.epochs:
-        say(f"{out}/checkpoint.pt has all its {args.epochs} epochs; raise --epochs")
-        return 0, progress["best"]
-    if args.steps and progress["step"] >= args.steps:
-        say(f"{out}/checkpoint.pt has its {args.steps} steps; raise --steps, or leave it off")
-        return 0, progress["best"]
-    if is_main():
-        start_output(out, progress["epoch"], pictures=False)
-    sampler = EpochSampler(
-        len(train_set), global_batch=images_per_step(args), seed=args.seed, rank=rank, world=world
-    )
-    loader = build_loader(train_set, sampler, batch_size=args.batch_size, workers=args.workers)
-    val, stop, nonfinite = (shard(val_set, args), []), catch_stop_signals(), 0
-    run.classifier.train()
-
-    for epoch in range(progress["epoch"], args.epochs + 1):
-        sampler.epoch, sampler.start = epoch, progress["epoch_step"]
-        bar, passes, clock = progress_bar(sampler, args), iter(loader), time.perf_counter()
-        while batches := list(itertools.islice(passes, args.accum)):  # one step
-            lr = set_learning_rates(run, progress, sampler.steps, args)
-            terms = accumulate(run, batches, progress, args)
-            means, stopping = agree(run, terms, batches, stop["signal"], progress, train_set)
-
-            finite = all(math.isfinite(value) for value in means.values())
-            update(run, apply=finite)
-            nonfinite = 0 if finite else nonfinite + 1
-            if not finite:
-                say(f"step {progress['step'] + 1}: loss is not finite {means}; update skipped")
-            if nonfinite == MAX_NONFINITE:
-                fail(f"{nonfinite} non-finite losses in a row; {out}/checkpoint.pt is untouched: "
-                     "lower --lr, or try --amp off")  # fmt: skip
-
-            clock, began = time.perf_counter(), clock
-            count_step(progress, means if finite else {}, clock - began)
-            bar.update(images_per_step(args))
-            bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
-            stopping = stopping or progress["step"] == args.steps
-            epoch_done = progress["epoch_step"] == sampler.steps
-            due = args.save_steps and progress["step"] % args.save_steps == 0
-            if (stopping or due) and not epoch_done and not nonfinite:
-                save_checkpoint(out / "checkpoint.pt", run, progress, args)
-            if stopping:
-                break
-        bar.close()
-        if epoch_done:
-            finish_epoch(run, progress, lr, val, args)
-            if stopping or epoch % args.save_every == 0 or epoch == args.epochs:
-                save_checkpoint(out / "checkpoint.pt", run, progress, args)
-        if stopping:
-            say(f"stopped at step {progress['step']}; --resume {out}/checkpoint.pt continues")
-            break
-    else:
-        say(f"done: {out}/log.jsonl, {out}/best.pt (top1 {progress['best']:.4g})")
-    return stop["signal"], progress["best"]
-
-
 def measure(args, device, rank):
     """Do what --task or --eval says -> (signal that ended it or 0, top-1 in per cent)."""
     weights = read_weights(args)
@@ -771,11 +706,25 @@ def measure(args, device, rank):
         report(row)
     elif args.task == "knn":
         if is_main():
-            start_output(out, 0, pictures=False)  # a new log
+            start_output(out, 0)  # a new log
         row = measure_knn(run, train_set, val_set, args)
         report({"epoch": 0, "training_images": len(train_set), **row}, out)
     else:
-        return fit(run, train_set, val_set, rank, args)
+        val = (shard(val_set, args), [])
+
+        def gradients(batches, progress):
+            return accumulate(run, batches, progress, args)
+
+        def end_epoch(progress, lr):
+            finish_epoch(run, progress, lr, val, args)
+
+        run.classifier.train()
+        stopped, progress = fit(
+            run, train_set, rank, args,
+            schedule=set_learning_rates, gradients=gradients, update=update, end_epoch=end_epoch,
+            must_fit=ARGUMENTS_THAT_MUST_FIT, script="finetune.py",
+        )  # fmt: skip
+        return stopped, progress.get("best", 0.0)
     return 0, row["top1"]
 
 

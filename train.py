@@ -6,7 +6,7 @@
 
 Implements sec. 4 of the paper ("Pre-training"): the objective of eq. 6 with its schedule. Reads
 down: processes and precision, networks and optimisers, the training step, checkpoints, validation,
-benchmark, command line, and `main` with the training loop. The losses are in losses.py, the
+benchmark, data, the training loop (`fit`), command line, `main`. The losses are in losses.py, the
 networks in model.py, the images in data.py.
 
 Writes to OUT: checkpoint.pt, log.jsonl (one JSON object an epoch) and pictures/. Run the same
@@ -619,10 +619,10 @@ def resume(args, run, path, layout, must_fit=ARGUMENTS_THAT_MUST_FIT, script="tr
     return progress | {"layout": layout}
 
 
-def start_output(out, epoch, pictures=True):
-    """Make the folders; keep the log's lines of the epochs before `epoch`, the rest is redone."""
+def start_output(out, epoch):
+    """Make the folder; keep the log's lines of the epochs before `epoch`, the rest is redone."""
     try:
-        (out / "pictures" if pictures else out).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"cannot write to --out {out}: {error.strerror}")
     log, kept = out / "log.jsonl", []
@@ -781,7 +781,7 @@ def benchmark(args, device, world):
     say(json.dumps(row))
 
 
-# ---- Around the training loop --------------------------------------------------------------------
+# ---- Data ----------------------------------------------------------------------------------------
 
 
 def open_data(args):
@@ -821,6 +821,9 @@ def build_data(args):
         fail(f"{len(train_set)} training images are fewer than the {images_per_step(args)} of one "
              "step; lower --batch-size")  # fmt: skip
     return train_set, PretrainSet(val_source, augment=False, limit=args.val_images, **common)
+
+
+# ---- The training loop ---------------------------------------------------------------------------
 
 
 def agree(run, terms, batches, signalled, progress, dataset):
@@ -888,10 +891,83 @@ def finish_epoch(run, progress, lr, val, args):
             log.write(json.dumps(row) + "\n")
         if epoch % args.picture_every == 0 or epoch == args.epochs:
             picture = Path(args.out) / "pictures" / f"epoch_{epoch:04d}.png"
+            picture.parent.mkdir(exist_ok=True)
             draw_reconstructions(picture, run, images[:8], noise[:8], args)
     say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
     kept = {name: progress[name] for name in ("step", "bad_images", "layout", "path_mean")}
     progress |= new_progress() | kept | {"epoch": epoch + 1}
+
+
+def fit(
+    run, train_set, rank, args, *, schedule, gradients, update, end_epoch,
+    must_fit=ARGUMENTS_THAT_MUST_FIT, script="train.py",
+):  # fmt: skip
+    """Train to the end of --epochs or --steps -> (signal that stopped it or 0, progress).
+
+    Continues and saves checkpoints by args; finetune.py trains with it too. What differs:
+    schedule(run, progress, steps_per_epoch, args) sets learning rates -> the one to log,
+    gradients(batches, progress) -> {name: term}, update(run, apply) steps the optimisers,
+    end_epoch(progress, learning_rate) measures, logs and moves progress on. must_fit and script:
+    see `resume`.
+    """
+    out, world = Path(args.out), world_size()
+    layout = {"images a step": images_per_step(args), "training images": len(train_set)}
+    progress = resume(args, run, out / "checkpoint.pt", layout, must_fit, script)
+    if across_processes({"step": progress["step"]}, run.device)["step"] != world * progress["step"]:
+        fail(f"the nodes disagree on {out}/checkpoint.pt: put --out on a disk that they share")
+    if progress["epoch"] > args.epochs:
+        say(f"{out}/checkpoint.pt has all its {args.epochs} epochs; raise --epochs")
+        return 0, progress
+    if args.steps and progress["step"] >= args.steps:
+        say(f"{out}/checkpoint.pt has its {args.steps} steps; raise --steps, or leave it off")
+        return 0, progress
+    if is_main():
+        start_output(out, progress["epoch"])
+    sampler = EpochSampler(
+        len(train_set), global_batch=images_per_step(args), seed=args.seed, rank=rank, world=world
+    )
+    loader = build_loader(train_set, sampler, batch_size=args.batch_size, workers=args.workers)
+    stop, nonfinite = catch_stop_signals(), 0
+
+    for epoch in range(progress["epoch"], args.epochs + 1):
+        sampler.epoch, sampler.start = epoch, progress["epoch_step"]
+        bar, passes, clock = progress_bar(sampler, args), iter(loader), time.perf_counter()
+        while batches := list(itertools.islice(passes, args.accum)):  # one step
+            lr = schedule(run, progress, sampler.steps, args)
+            terms = gradients(batches, progress)
+            means, stopping = agree(run, terms, batches, stop["signal"], progress, train_set)
+
+            finite = all(math.isfinite(value) for value in means.values())
+            update(run, apply=finite)
+            nonfinite = 0 if finite else nonfinite + 1
+            if not finite:
+                say(f"step {progress['step'] + 1}: loss is not finite {means}; update skipped")
+            if nonfinite == MAX_NONFINITE:
+                fail(f"{nonfinite} non-finite losses in a row; {out}/checkpoint.pt is untouched: "
+                     "lower the learning rates, or try --amp off")  # fmt: skip
+
+            clock, began = time.perf_counter(), clock
+            count_step(progress, means if finite else {}, clock - began)
+            bar.update(images_per_step(args))
+            bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
+            stopping = stopping or progress["step"] == args.steps
+            epoch_done = progress["epoch_step"] == sampler.steps
+            due = args.save_steps and progress["step"] % args.save_steps == 0
+            if (stopping or due) and not epoch_done and not nonfinite:
+                save_checkpoint(out / "checkpoint.pt", run, progress, args)
+            if stopping:
+                break
+        bar.close()
+        if epoch_done:
+            end_epoch(progress, lr)
+            if stopping or epoch % args.save_every == 0 or epoch == args.epochs:
+                save_checkpoint(out / "checkpoint.pt", run, progress, args)
+        if stopping:
+            say(f"stopped at step {progress['step']}; --resume {out}/checkpoint.pt continues")
+            break
+    else:
+        say(f"done: results are in {out}")
+    return stop["signal"], progress
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -1086,69 +1162,21 @@ def main(argv=None):
         return benchmark(args, device, world)
     run = build_run(args, device)
     train_set, val_set = build_data(args)
-    out = Path(args.out)
-    layout = {"images a step": images_per_step(args), "training images": len(train_set)}
-    progress = resume(args, run, out / "checkpoint.pt", layout)
-    if across_processes({"step": progress["step"]}, device)["step"] != world * progress["step"]:
-        fail(f"the nodes disagree on {out}/checkpoint.pt: put --out on a disk that they share")
-    if progress["epoch"] > args.epochs:
-        return say(f"{out}/checkpoint.pt has all its {args.epochs} epochs; raise --epochs")
-    if args.steps and progress["step"] >= args.steps:
-        return say(
-            f"{out}/checkpoint.pt has its {args.steps} steps; raise --steps, or leave it off"
-        )
-    if is_main():
-        start_output(out, progress["epoch"])
-    sampler = EpochSampler(
-        len(train_set), global_batch=images_per_step(args), seed=args.seed, rank=rank, world=world
-    )
-    loader = build_loader(train_set, sampler, batch_size=args.batch_size, workers=args.workers)
     val = fixed_batch(val_set, rank, world)
-    stop, nonfinite = catch_stop_signals(), 0
 
-    for epoch in range(progress["epoch"], args.epochs + 1):
-        sampler.epoch, sampler.start = epoch, progress["epoch_step"]
-        bar, passes, clock = progress_bar(sampler, args), iter(loader), time.perf_counter()
-        while batches := list(itertools.islice(passes, args.accum)):  # one step
-            lr = set_learning_rates(run, progress, sampler.steps, args)
-            terms = accumulate(run, batches, features_active(args, epoch), progress, args)
-            report, stopping = agree(run, terms, batches, stop["signal"], progress, train_set)
+    def gradients(batches, progress):
+        return accumulate(run, batches, features_active(args, progress["epoch"]), progress, args)
 
-            finite = all(math.isfinite(value) for value in report.values())
-            update(run, apply=finite)
-            nonfinite = 0 if finite else nonfinite + 1
-            if not finite:
-                say(f"step {progress['step'] + 1}: loss is not finite {report}; update skipped")
-            if nonfinite == MAX_NONFINITE:
-                fail(f"{nonfinite} non-finite losses in a row; {out}/checkpoint.pt is untouched: "
-                     "lower --lr or --d-lr, or try --amp off")  # fmt: skip
+    def end_epoch(progress, lr):
+        finish_epoch(run, progress, lr, val, args)
 
-            clock, began = time.perf_counter(), clock
-            count_step(progress, report if finite else {}, clock - began)
-            bar.update(images_per_step(args))
-            bar.set_postfix({name: f"{value:.3g}" for name, value in report.items()})
-            stopping = stopping or progress["step"] == args.steps
-            epoch_done = progress["epoch_step"] == sampler.steps
-            due = args.save_steps and progress["step"] % args.save_steps == 0
-            if (stopping or due) and not epoch_done and not nonfinite:
-                save_checkpoint(out / "checkpoint.pt", run, progress, args)
-            if stopping:
-                break
-        bar.close()
-        if epoch_done:
-            finish_epoch(run, progress, lr, val, args)
-            if stopping or epoch % args.save_every == 0 or epoch == args.epochs:
-                save_checkpoint(out / "checkpoint.pt", run, progress, args)
-        if stopping:
-            say(f"stopped at step {progress['step']}; --resume {out}/checkpoint.pt continues")
-            break
-    else:
-        say(f"done: {out}/checkpoint.pt, {out}/log.jsonl, {out}/pictures/")
-        if args.demo:
-            say(f"next: your own images, python train.py --loss {args.loss} --data PATH")
+    hooks = dict(schedule=set_learning_rates, gradients=gradients, update=update)
+    stopped, _ = fit(run, train_set, rank, args, **hooks, end_epoch=end_epoch)
+    if args.demo and not stopped:
+        say(f"next: your own images, python train.py --loss {args.loss} --data PATH")
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 128 + stop["signal"] if stop["signal"] else 0
+    return 128 + stopped if stopped else 0
 
 
 if __name__ == "__main__":
