@@ -747,7 +747,7 @@ def demo(args, device, rank):
         sizes = {name: getattr(one, name) for name in ("model", "image_size", "patch_size")}
         name = "random weights" if checkpoint == "none" else "pre-trained"
         lines.append(f"{name:15}  {results[0]:5.1f}  {results[1]:6.1f}")
-    say("top-1, %         k-NN  linear")
+    say(f"top-1, %         k-NN  linear    (chance: {100 / len(one.classes):.1f})")
     for line in lines:
         say(line)
     say("next: your own, python finetune.py --checkpoint runs/LOSS/checkpoint.pt --data PATH")
