@@ -30,6 +30,8 @@ from torchvision.transforms import v2
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
 EXIF_ORIENTATION = 0x0112  # tag: 1 = upright, 5 to 8 = lying on its side
+HEAT_COLOURS = ((5, 3, 25), (85, 20, 110), (190, 55, 85), (248, 145, 30), (252, 250, 180))
+CURVE_COLOURS = ("#1f5fa8", "#d9731a", "#3a8f3a")  # of the lines of one chart
 
 
 # ---- Randomness ----------------------------------------------------------------------------------
@@ -721,24 +723,94 @@ def grey_out(images, hidden):
     return images * (1 - hidden) + 0.5 * hidden
 
 
+def heat(maps):
+    """Maps (B, h, w), each stretched to its range -> colours (B, 3, h, w), dark is low."""
+    colours = torch.tensor(HEAT_COLOURS).T / 255  # (3, anchors)
+    low, high = (f(maps, dim=(1, 2), keepdim=True) for f in (torch.amin, torch.amax))
+    position = (maps - low) / (high - low).clamp(min=1e-12) * (colours.shape[1] - 1)
+    left = position.floor().clamp(max=colours.shape[1] - 2).long()
+    mixed = torch.lerp(colours[:, left], colours[:, left + 1], position - left)  # (3, B, h, w)
+    return mixed.transpose(0, 1)
+
+
 def save_picture(path, columns, gap=6):
     """Write a PNG with one row an image and one labelled column for each entry of `columns`.
 
-    columns: {title: (B, 3, H, W) in [0, 1], clamped here}. Small images are enlarged by a whole
-    factor without interpolation, so that every pixel shown is one that was there.
+    columns: {title: (B, 3, h, w) in [0, 1], clamped here}. The first column's images are shown
+    pixel by pixel, small ones enlarged, or halved where there are more than 8 columns; the sizes of
+    others must be whole fractions of theirs. Nothing is interpolated.
     """
-    zoom = max(1, round(200 / next(iter(columns.values())).shape[3]))
-    tile = zoom * next(iter(columns.values())).shape[3]
-    rows = next(iter(columns.values())).shape[0]
-    title_height = 30
-    width, height = (tile + gap) * len(columns) - gap, title_height + (tile + gap) * rows - gap
-    canvas = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=17)
+    rows, _, _, size = next(iter(columns.values())).shape
+    zoom = max(1, round(200 / size))
+    tile = size * zoom
+    if len(columns) > 8:  # ViT-B's heads
+        tile = size * (zoom // 2) if zoom > 1 else size // 2
+    width = (tile + gap) * len(columns) - gap
+    font_size = max(17, width // 70)  # still readable where a page shows the picture smaller
+    title_height = font_size + 13
+    canvas = Image.new("RGB", (width, title_height + (tile + gap) * rows - gap), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=font_size)
     for column, (title, images) in enumerate(columns.items()):
         left = column * (tile + gap)
         draw.text((left + tile / 2, title_height / 2), title, "black", font, anchor="mm")
         pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         for row, array in enumerate(pixels):
-            picture = Image.fromarray(array).resize((tile, tile), Image.Resampling.NEAREST)
+            picture = Image.fromarray(array)
+            if picture.width > tile:
+                picture = picture.reduce(picture.width // tile)  # the mean of so many pixels
+            picture = picture.resize((tile, tile), Image.Resampling.NEAREST)
             canvas.paste(picture, (left, title_height + row * (tile + gap)))
     canvas.save(path)
+
+
+def save_curves(path, rows, panels, across=3):
+    """Write a PNG of line charts over the epochs of a log, one for each panel that has values.
+
+    rows: [{"epoch": number, name: value}], values may be absent. panels: {title: {name: label}},
+    with the lines of one panel in one unit.
+    """
+    panels = {
+        title: {
+            label: [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
+            for name, label in names.items()
+            if any(row.get(name) is not None for row in rows)
+        }
+        for title, names in panels.items()
+    }
+    panels = {title: lines for title, lines in panels.items() if lines}
+    fine, width, height = 3, 300, 190  # drawn at three times the size, then averaged: no jaggies
+    down = math.ceil(len(panels) / across)
+    canvas = Image.new("RGB", (width * across * fine, height * down * fine), "white")
+    draw = ImageDraw.Draw(canvas)
+    big, small = (ImageFont.load_default(size=points * fine) for points in (14, 11))
+    first, last = rows[0]["epoch"], rows[-1]["epoch"]
+    for place, (title, lines) in enumerate(panels.items()):
+        x0, y0 = (place % across * width + 52) * fine, (place // across * height + 30) * fine
+        x1, y1 = x0 + (width - 70) * fine, y0 + (height - 58) * fine
+        values = [value for points in lines.values() for _, value in points]
+        low, high = min(values), max(values)
+        if high - low < 1e-9:  # a flat line goes through the middle
+            low, high = low - 0.5, high + 0.5
+        draw.text((x0, y0 - 8 * fine), title, "black", big, anchor="ls")
+        for part in range(3):
+            y, value = y1 + (y0 - y1) * part / 2, low + (high - low) * part / 2
+            draw.line([(x0, y), (x1, y)], "#dddddd", fine)
+            draw.text((x0 - 5 * fine, y), f"{value:.3g}", "#555555", small, anchor="rm")
+        draw.text((x0, y1 + 5 * fine), str(first), "#555555", small, anchor="lt")
+        draw.text((x1, y1 + 5 * fine), f"epoch {last}", "#555555", small, anchor="rt")
+        legend = x1
+        for colour, (label, points) in zip(CURVE_COLOURS, lines.items(), strict=False):
+            line = [
+                (
+                    x0 + (x1 - x0) * ((epoch - first) / (last - first) if last > first else 0.5),
+                    y1 + (y0 - y1) * (value - low) / (high - low),
+                )
+                for epoch, value in points
+            ]
+            draw.line(line, colour, 2 * fine, joint="curve")
+            for x, y in line if len(line) <= 20 else []:
+                radius = 2.5 * fine
+                draw.ellipse([x - radius, y - radius, x + radius, y + radius], colour)
+            draw.text((legend, y0 - 8 * fine), label, colour, small, anchor="rs")
+            legend -= draw.textlength(label, small) + 8 * fine
+    canvas.reduce(fine).save(path)

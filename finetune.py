@@ -35,7 +35,6 @@ from torchvision.transforms import v2
 
 from data import (
     LabelledSet,
-    build_loader,
     check_classes,
     choose_images,
     sample_seed,
@@ -59,6 +58,7 @@ from train import (
     read_checkpoint,
     save_checkpoint,
     say,
+    shard,
     start_output,
     start_processes,
     unwrap,
@@ -313,16 +313,6 @@ def update(run, apply):
 
 
 # ---- Accuracy ------------------------------------------------------------------------------------
-
-
-def shard(dataset, args):
-    """Loader of this process's part of a data set: images rank, rank + world, ... in order.
-
-    No padding, so that over all processes each image is counted once.
-    """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    keys = [(0, i) for i in range(rank, len(dataset), world_size())]
-    return build_loader(dataset, keys, batch_size=args.batch_size, workers=args.workers)
 
 
 def count_correct(scores, labels):

@@ -283,14 +283,108 @@ def ssim(x, y, weight=None):
     """SSIM per image, (B, C, H, W) in [0, 1] -> (B,): 11 x 11 Gaussian window, sigma 1.5.
 
     As Wang et al. 2004 and scikit-image (gaussian_weights=True, sigma=1.5,
-    use_sample_covariance=False, data_range=1) compute it, over windows inside the image.
+    use_sample_covariance=False, data_range=1) compute it, over windows inside the image; in
+    float64, since variances of flat windows are differences of nearly equal numbers.
     weight: (B, 1, H, W), which window centres count; None = all.
     """
-    offsets = torch.arange(-5, 6, dtype=torch.float32)
+    offsets = torch.arange(-5, 6, dtype=torch.float64)
     gaussian = torch.exp(-(offsets**2) / (2 * 1.5**2))
     window = torch.outer(gaussian, gaussian)
-    values = ssim_map(x.float(), y.float(), window / window.sum()).mean(dim=1, keepdim=True)
+    values = ssim_map(x.double(), y.double(), window / window.sum()).mean(dim=1, keepdim=True)
     if weight is None:
         return values.flatten(1).mean(dim=1)
     weight = weight[:, :, 5:-5, 5:-5]
     return (values * weight).flatten(1).sum(dim=1) / weight.flatten(1).sum(dim=1).clamp(min=1)
+
+
+KINDS = ("pasted", "full")  # reconstructions: hidden part in the visible patches; as predicted
+METRICS = ("psnr", "ssim", "psnr_mean_fill")  # of the hidden part; then of the whole image
+METRICS += tuple(f"{name}_{kind}" for kind in KINDS for name in ("l1", "psnr", "ssim"))
+
+
+def image_quality(fake, real, hidden):
+    """Pixel metrics of reconstructions -> ({name: sum over the batch}, {"pasted", "full": images}).
+
+    fake, real: (B, 3, H, W). hidden: (B, 1, H, W), 1 = hidden. L1 (of pixels in [0, 1]), PSNR (dB)
+    and SSIM of the whole image, for the full prediction and for its hidden part pasted into the
+    visible patches; psnr and ssim: of the hidden pixels, and of windows centred on them, pasted;
+    psnr_mean_fill: of the mean visible colour in their place. PAPER SILENT: which of these Table 1
+    gives. All images have 8 bits, as when written to a file.
+    """
+    fake = (fake.clamp(0, 1) * 255).round() / 255
+    fakes = {"pasted": torch.where(hidden > 0, fake, real), "full": fake}
+    visible_mean = (real * (1 - hidden)).sum((2, 3)) / (1 - hidden).sum((2, 3))
+    fill = visible_mean[:, :, None, None].expand_as(real)
+    values = {
+        "psnr": psnr(fake, real, hidden),
+        "ssim": ssim(fakes["pasted"], real, hidden),
+        "psnr_mean_fill": psnr(fill, real, hidden),
+    }
+    for kind, images in fakes.items():
+        values[f"l1_{kind}"] = (images - real).abs().flatten(1).mean(dim=1)
+        values[f"psnr_{kind}"] = psnr(images, real)
+        values[f"ssim_{kind}"] = ssim(images, real)
+    return {name: value.sum() for name, value in values.items()}, fakes
+
+
+# ---- Metrics of sets of images: IS and FID (Table 1) ---------------------------------------------
+
+
+def inception_sums(features, logits, split, splits=10):
+    """What IS and FID need of a batch, as sums to be added up over batches and processes.
+
+    features: (B, C), pooled Inception features. logits: (B, K). split: (B,), to which of the
+    `splits` parts of IS each image belongs. Returns {name: float64 tensor}, whose sizes do not
+    depend on the number of images.
+    """
+    features, log_p = features.double(), logits.double().log_softmax(dim=1)
+    p = log_p.exp()
+    member = F.one_hot(split, splits).T.to(p)  # (splits, B)
+    return {
+        "images": member.sum(dim=1),  # (splits,)
+        "features": features.sum(dim=0),  # (C,)
+        "products": features.T @ features,  # (C, C)
+        "p": member @ p,  # (splits, K)
+        "p_log_p": member @ (p * log_p).sum(dim=1),  # (splits,)
+    }
+
+
+def inception_score(sums):
+    """Inception Score (Salimans et al. 2016) -> (mean, standard deviation) over its splits.
+
+    exp of the mean KL divergence of p(class | image) from its mean over the split's images: 1 at
+    the worst, the number of classes at the best. sums: from `inception_sums`.
+    """
+    kept = sums["images"] > 0
+    images, mean_p = sums["images"][kept], sums["p"][kept] / sums["images"][kept, None]
+    divergence = sums["p_log_p"][kept] / images - torch.xlogy(mean_p, mean_p).sum(dim=1)
+    scores = divergence.exp()
+    return scores.mean().item(), scores.std(correction=0).item()
+
+
+def mean_and_covariance(sums):
+    """`inception_sums` -> mean (C,) and unbiased covariance (C, C) of the features, float64."""
+    n = sums["images"].sum()
+    mean = sums["features"] / n
+    return mean, (sums["products"] - n * torch.outer(mean, mean)) / (n - 1)
+
+
+def frechet_distance(mean_x, cov_x, mean_y, cov_y):
+    """Fréchet distance of two Gaussians, the D of FID (Heusel et al. 2017) -> float.
+
+    |mean_x - mean_y|^2 + Tr(cov_x + cov_y - 2 (cov_x cov_y)^(1/2)), float64. The root's trace is
+    taken from the eigenvalues of R^T cov_y R with cov_x = R R^T: real and symmetric, where a root
+    of the product itself is neither. Directions without variance, which any set of fewer images
+    than features has, are dropped: the root would blow their rounding errors up.
+    """
+
+    def positive(eigenvalues):
+        return eigenvalues > eigenvalues.max() * len(cov_x) * torch.finfo(cov_x.dtype).eps
+
+    values, vectors = torch.linalg.eigh(cov_x)
+    kept = positive(values)
+    root = vectors[:, kept] * values[kept].sqrt()  # R, (C, r)
+    products = torch.linalg.eigvalsh(root.T @ cov_y @ root)
+    trace = products[positive(products)].sqrt().sum()
+    distance = (mean_x - mean_y).square().sum() + cov_x.trace() + cov_y.trace() - 2 * trace
+    return distance.item()

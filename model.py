@@ -130,12 +130,21 @@ class Attention(nn.Module):
         self.qkv = linear(width, 3 * width)
         self.proj = linear(width, width)
 
-    def forward(self, x):
+    def split(self, x):
+        """Queries, keys and values of (B, N, C): (B, heads, N, C / heads) each."""
         B, N, C = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, C // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, C / heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(B, N, C))
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward(self, x):
+        q, k, v = self.split(x)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(attended.transpose(1, 2).reshape(x.shape))
+
+    def weights(self, x):
+        """Softmax weights (B, heads, N, N), each row adding up to 1; `forward` never forms them."""
+        q, k, _ = self.split(x)
+        return (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(dim=3)
 
 
 class Mlp(nn.Module):
@@ -248,6 +257,18 @@ class ViT(nn.Module):
 
     def forward(self, images):
         return self.encode(images)
+
+    def cls_attention(self, images):
+        """Where CLS looks in the last block (paper, Figure 3): (B, heads, side, side).
+
+        images: (B, 3, H, W) in [0, 1], nothing hidden. A map's values, with the weight that CLS
+        keeps for itself, add up to 1.
+        """
+        outputs = {}
+        self.encode(images, outputs=outputs)
+        last = self.blocks[-1]
+        x = outputs[len(self.blocks) - 1]  # what the last block takes
+        return last.attn.weights(last.norm1(x))[:, :, 0, 1:].unflatten(2, (self.side, self.side))
 
 
 # ---- Masked autoencoder: the generator G ---------------------------------------------------------
@@ -993,3 +1014,58 @@ class AdaAugment(nn.Module):
         # DIFFERS: p is also kept below 1; Karras et al. do not (no transform changes beyond 1).
         self.p.add_(rise * seen / self.ramp_images).clamp_(0, 1)
         self.statistics.zero_()
+
+
+# ---- Inception: features for FID, classes for the Inception Score (Table 1) ----------------------
+
+
+class InceptionFeatures(nn.Module):
+    """torchvision's Inception v3 as FID and IS use it. To copy: needs torchvision too.
+
+    weights: {name: tensor}, either those with which published FIDs are computed, converted from
+    TensorFlow ("pt_inception-2015-12-05-6726825d.pth", 1008 classes), or torchvision's own (1000
+    classes); ValueError, listing what does not fit, for anything else. `published` says which.
+    The published network pools differently from torchvision's in nine blocks: averages leave the
+    padding out, and the last block takes a maximum.
+    """
+
+    def __init__(self, weights):
+        super().__init__()
+        from torchvision.models import inception_v3
+
+        classes = len(weights.get("fc.bias", ()))
+        if classes not in (1000, 1008):
+            raise ValueError(f"fc.bias has {classes} classes, not 1008 (published) or 1000")
+        weights = {k: v for k, v in weights.items() if not k.startswith("AuxLogits")}
+        network = inception_v3(num_classes=classes, aux_logits=False, init_weights=False)
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
+        self.published = classes == 1008
+        if self.published:
+            average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+            for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
+                self.pool_instead(getattr(network, f"Mixed_{name}"), average)
+            self.pool_instead(network.Mixed_7c, nn.MaxPool2d(3, stride=1, padding=1))
+        self.classify, network.fc = network.fc, nn.Identity()
+        self.network = network.eval().requires_grad_(False)
+
+    @staticmethod
+    def pool_instead(block, pool):
+        """Feed a block's `branch_pool` from `pool`, whatever torchvision's own code pools."""
+
+        def remember(block, inputs):
+            block.pooled = pool(inputs[0])
+
+        block.register_forward_pre_hook(remember)
+        block.branch_pool.register_forward_pre_hook(lambda *_: (block.pooled,))
+
+    def train(self, mode=True):
+        return super().train(False)  # a fixed ruler: never in training mode
+
+    def forward(self, images):
+        """Images (B, 3, H, W) in [0, 1] -> (features (B, 2048), logits (B, classes))."""
+        x = F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False)
+        features = self.network(2 * x - 1)
+        return features, self.classify(features)

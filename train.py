@@ -14,17 +14,20 @@ command again after any interruption and it continues where the checkpoint was s
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
 import os
+import re
 import resource
 import signal
 import statistics
+import subprocess
 import sys
 import time
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +35,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import Inception_V3_Weights
 from tqdm import tqdm
 
 from data import (
@@ -40,26 +44,33 @@ from data import (
     build_loader,
     collate,
     grey_out,
+    heat,
     open_sources,
     pixel_mask,
+    save_curves,
     save_picture,
     to_float,
 )
 from losses import (
+    KINDS,
     LOSSES,
+    METRICS,
     feature_loss,
+    frechet_distance,
+    image_quality,
+    inception_score,
+    inception_sums,
     lsgan_d_loss,
     lsgan_g_loss,
     masked_mse,
+    mean_and_covariance,
     ms_ssim_l1,
     patch_statistics,
     patchify,
     path_length_penalty,
     path_lengths,
-    psnr,
     pyramid,
     r1_penalty,
-    ssim,
     style_loss,
 )
 from model import (
@@ -67,6 +78,7 @@ from model import (
     DISCRIMINATOR_WIDTHS,
     MAE_SIZES,
     AdaAugment,
+    InceptionFeatures,
     build_discriminator,
     build_mae,
     imagenet_denormalize,
@@ -104,6 +116,19 @@ ARGUMENTS_THAT_MUST_FIT = (
     "d_max",
     "seed",
 )
+CURVES = {  # charts of curves.png: {title: {entry of the log: label}}, one unit each
+    "pixel term": {"pixel": ""},
+    "adversarial term (eq. 5)": {"adversarial": ""},
+    "feature term (eq. 3)": {"feature": ""},
+    "style term (eq. 3)": {"style": ""},
+    "discriminator (eq. 4)": {"discriminator": ""},
+    "D is right": {"d_accuracy_real": "real", "d_accuracy_fake": "fake"},
+    "path lengths": {"path_length": ""},
+    "R1": {"r1": ""},
+    "ADA's p": {"ada_p": ""},
+    "PSNR where hidden, dB": {"psnr": "G", "psnr_mean_fill": "mean fill"},
+    "SSIM where hidden": {"ssim": ""},
+}
 MAX_NONFINITE = 10  # non-finite losses in a row before the run stops
 
 
@@ -207,6 +232,19 @@ def across_processes(values, device):
     if dist.is_initialized():
         dist.all_reduce(vector)
     return dict(zip(values, vector.tolist(), strict=True))
+
+
+@contextmanager
+def first_of_a_node_first():
+    """The body runs on one process of each node, then on the others."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if dist.is_initialized() and not first:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and first:
+            dist.barrier()
 
 
 def catch_stop_signals():
@@ -692,26 +730,17 @@ def reconstruct(run, images, noise, args):
 
 @torch.no_grad()
 def validate(run, images, noise, args):
-    """Quality of the hidden patches over all processes' fixed images -> {name: float}.
-
-    psnr (dB) of the hidden pixels; ssim of the windows centred on them, the reconstruction pasted
-    into the visible patches; psnr_mean_fill: what filling the hidden patches with the mean colour
-    of the visible ones would give. Each is a mean over images.
-    """
-    sums = {"psnr": 0, "ssim": 0, "psnr_mean_fill": 0, "images": len(images)}
+    """`image_quality` of all processes' fixed images -> {name: mean over images}."""
+    totals = dict.fromkeys(("images", *METRICS), 0) | {"images": len(images)}
     for start in range(0, len(images), args.batch_size):
         batch = slice(start, start + args.batch_size)
         real = to_float(images[batch].to(run.device))
         fake, hidden = reconstruct(run, real, noise[batch].to(run.device), args)
-        visible_mean = (real * (1 - hidden)).sum((2, 3)) / (1 - hidden).sum((2, 3))
-        fill = visible_mean[:, :, None, None].expand_as(real)
-        pasted = torch.where(hidden > 0, fake.clamp(0, 1), real)
-        sums["psnr"] += psnr(pasted, real, hidden).sum()
-        sums["ssim"] += ssim(pasted, real, hidden).sum()
-        sums["psnr_mean_fill"] += psnr(fill, real, hidden).sum()
-    sums = across_processes(sums, run.device)
-    count = sums.pop("images")
-    return {name: value / count for name, value in sums.items()}
+        for name, value in image_quality(fake, real, hidden)[0].items():
+            totals[name] += value
+    totals = across_processes(totals, run.device)
+    count = totals.pop("images")
+    return {name: value / count for name, value in totals.items()}
 
 
 def draw_reconstructions(path, run, images, noise, args):
@@ -722,6 +751,219 @@ def draw_reconstructions(path, run, images, noise, args):
     note = " (true contrast)" if args.norm_pix_loss else ""  # see `reconstruct`
     columns = {"original": real, "masked": grey_out(real, hidden)}
     save_picture(path, columns | {"reconstruction" + note: fake, "pasted" + note: pasted})
+
+
+def draw_curves(path, log):
+    """Draw the file log.jsonl as curves, if there is one with anything in it."""
+    rows = [json.loads(row) for row in log.read_text().splitlines()] if log.exists() else []
+    if rows:
+        save_curves(path, rows, CURVES)
+
+
+# ---- Evaluation of checkpoints (Table 1, Figures 2 and 3) ----------------------------------------
+
+
+def open_checkpoints(args, device):
+    """--resume's checkpoints -> {name of the row: run of mae, device, dtype, its own args, path}.
+
+    Sets the sizes in args to theirs, which must agree.
+    """
+    if args.resume in (["auto"], ["off"]):
+        fail("--eval measures checkpoints; name one or several: --resume runs/LOSS/checkpoint.pt")
+    runs, must_agree = {}, ("image_size", "patch_size", "mask_ratio")
+    for path in args.resume:
+        checkpoint = read_checkpoint(path)
+        own = argparse.Namespace(**checkpoint["arguments"])
+        mae = build_mae(own.model, own.image_size, own.patch_size, own.arch, image_scales(own))
+        try:
+            mae.load_state_dict(checkpoint["mae"])
+        except RuntimeError as error:
+            fail(f"{path} does not fit: {error}")
+        name = own.loss if own.arch == LOSSES[own.loss]["arch"] else f"{own.loss} ({own.arch})"
+        if name in runs:
+            name = f"{name} {len(runs) + 1}"
+        for what in must_agree:
+            if runs and getattr(own, what) != getattr(args, what):
+                fail(f"{path} has {what.replace('_', ' ')} {getattr(own, what)}, {args.resume[0]} "
+                     f"has {getattr(args, what)}: evaluate them apart")  # fmt: skip
+            setattr(args, what, getattr(own, what))
+        dtype = choose_precision(args.amp, device)
+        mae = mae.to(device).eval()
+        runs[name] = SimpleNamespace(mae=mae, device=device, dtype=dtype, args=own, path=path)
+    return runs
+
+
+def load_inception(args, device):
+    """-> (`InceptionFeatures` or None, what it is or why there is none)."""
+    source, get = args.inception_weights, (
+        "give --inception-weights pt_inception-2015-12-05-6726825d.pth, a release of "
+        "github.com/mseitzer/pytorch-fid (fid_weights)"
+    )  # fmt: skip
+    if source == "none":
+        return None, "none, so neither IS nor FID"
+    if source == "torchvision":
+        weights = reason = None
+        try:
+            with first_of_a_node_first():
+                weights = Inception_V3_Weights.IMAGENET1K_V1.get_state_dict(
+                    progress=False, check_hash=True, weights_only=True
+                )
+        except (OSError, RuntimeError) as error:  # no network, or half a download
+            reason = error
+        if across_processes({"missing": weights is None}, device)["missing"]:
+            return None, f"none, so neither IS nor FID (cannot be downloaded: {reason}); {get}"
+        what = f"torchvision's, not those of published FIDs; for these {get}"
+    else:
+        weights = read_checkpoint(source, (), "a file of Inception weights")
+        digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()
+        what = f"{source}, those of published FIDs"
+        if not digest.startswith("6726825d"):
+            what = f"{source}, not the file of published FIDs; for these {get}"
+    try:
+        inception = InceptionFeatures(weights)
+    except ValueError as error:
+        fail(f"{source} is not a file of Inception weights: {error}; {get}")
+    return inception.to(device), what
+
+
+@torch.no_grad()
+def evaluate(args, device, rank, world):
+    """Table 1 and Figures 2 and 3 of --resume's checkpoints, on the whole validation set."""
+    runs, out = open_checkpoints(args, device), Path(args.out)
+    try:
+        (out / "pictures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write to --out {out}: {error.strerror}")
+    val_set = build_data(args)[1]
+    inception, what = load_inception(args, device)
+    say(f"Inception weights: {what}")
+    totals, sums, unread = measure(runs, val_set, inception, args, rank, world)
+
+    count = totals.pop("images")
+    results = {"real": {}} if inception else {}
+    results |= {name: {} for name in runs}
+    for (name, metric), total in totals.items():
+        results[name][metric] = total / count
+    for (name, kind), part in sums.items():
+        end = f"_{kind}" if kind else ""
+        results[name]["is" + end], results[name]["is_std" + end] = inception_score(part)
+        if kind and count > 1:
+            both = (*mean_and_covariance(part), *mean_and_covariance(sums["real", ""]))
+            results[name]["fid" + end] = frechet_distance(*both)
+    if is_main():
+        about = {"data": args.data, "images": int(count), "unreadable": unread, "seed": args.seed}
+        about |= {"inception": what, "checkpoints": {name: str(r.path) for name, r in runs.items()}}
+        (out / "eval.json").write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
+        draw_figures(out / "pictures", runs, val_set, args)
+    print_table(results, runs, int(count))
+    say(f"done: {out}/eval.json, {out}/pictures/")
+
+
+def measure(runs, val_set, inception, args, rank, world):
+    """One pass over the images -> (totals, sums for IS and FID, unreadable images left out).
+
+    totals: {"images": number, (run's name, metric): sum}. sums: {(run's name, kind):
+    `inception_sums`}, ("real", "") for the originals. Both over all processes.
+    """
+    device, splits = torch.device(next(iter(runs.values())).device), min(10, len(val_set))
+    totals = {"images": 0} | {(name, metric): 0 for name in runs for metric in METRICS}
+    sums, unread, found = {}, [], {}
+
+    def count_features(name, kind, images, split):
+        if inception is None:
+            return
+        features, logits = inception(images)
+        for key, value in inception_sums(features, logits, split, splits).items():
+            sums[name, kind][key] += value
+
+    if inception is not None:
+        nothing = torch.zeros(0, 3, 75, 75, device=device)
+        for name, kind in [("real", ""), *((name, kind) for name in runs for kind in KINDS)]:
+            features, logits = inception(nothing)
+            sums[name, kind] = inception_sums(features, logits, torch.zeros(0).long(), splits)
+    indices = torch.arange(rank, len(val_set), world)
+    loader, done = shard(val_set, args), 0
+    for images, noise, _, bad in tqdm(loader, disable=None if is_main() else True, unit="batches"):
+        index = indices[done : done + len(images)]
+        done += len(images)
+        found |= dict(bad)
+        kept = ~torch.isin(index, torch.tensor([i for i, _ in bad], dtype=torch.long))
+        split = (index[kept] * splits // len(val_set)).to(device)
+        real = to_float(images[kept].to(device))
+        if not len(real):
+            continue
+        totals["images"] += len(real)
+        count_features("real", "", real, split)
+        for name, run in runs.items():
+            fake, hidden = reconstruct(run, real, noise[kept].to(device), run.args)
+            values, fakes = image_quality(fake, real, hidden)
+            for metric, value in values.items():
+                totals[name, metric] += value
+            for kind, fake in fakes.items():
+                count_features(name, kind, fake, split)
+    note_bad_images(found, unread, val_set, fate="left out")
+    if dist.is_initialized():
+        for part in sums.values():
+            for tensor in part.values():
+                dist.all_reduce(tensor)
+    return across_processes(totals, device), sums, len(unread)
+
+
+def print_table(results, runs, count):
+    """Table 1 on the screen: a line for each checkpoint and kind of reconstruction."""
+    width = max(len(name) for name in [*runs, "original"])
+
+    def line(name, kind, pixels, row):
+        end = f"_{kind}" if kind else ""
+        score = distance = "-"
+        if "is" + end in row:
+            score = f"{row['is' + end]:.2f} +- {row['is_std' + end]:.2f}"
+        if "fid" + end in row:
+            distance = f"{row['fid' + end]:.2f}"
+        say(f"{name:{width}}  {kind:6}  {pixels:20}  {score:>15}  {distance:>8}")
+
+    say(f"{count} images; L1 of pixels in [0, 1], PSNR in dB")
+    say(f"{'':{width}}              L1   PSNR   SSIM               IS       FID")
+    if "real" in results:
+        line("original", "", "", results["real"])
+    for name in runs:
+        for kind in KINDS:
+            l1, decibels, similarity = (
+                results[name][f"{m}_{kind}"] for m in ("l1", "psnr", "ssim")
+            )
+            pixels = f"{l1:.4f}  {decibels:5.2f}  {similarity:.3f}"
+            line(name if kind == KINDS[0] else "", kind, pixels, results[name])
+
+
+def draw_figures(folder, runs, val_set, args, rows=8):
+    """Figures 2 and 3 of the first images, and every checkpoint's curves, as PNG files.
+
+    reconstruction.png: a column for each checkpoint, its hidden part pasted into the visible
+    patches (PAPER SILENT: whether Figure 2's are; MSE trains nothing else). attention.png: the last layer's attention of
+    CLS, each head and their mean; of several checkpoints the means side by side, and the heads in
+    attention_NAME.png each.
+    """
+    device = torch.device(next(iter(runs.values())).device)
+    images, noise = collate([val_set[0, i] for i in range(min(rows, len(val_set)))])[:2]
+    real, noise = to_float(images.to(device)), noise.to(device)
+    figure_2, figure_3 = {"original": real}, {"original": real}
+    for name, run in runs.items():
+        fake, hidden = reconstruct(run, real, noise, run.args)
+        note = " (true contrast)" if run.args.norm_pix_loss else ""  # see `reconstruct`
+        figure_2["masked"] = grey_out(real, hidden)
+        figure_2[name + note] = torch.where(hidden > 0, fake, real)
+        maps = run.mae.cls_attention(real).cpu()  # (B, heads, side, side)
+        heads = {f"head {n + 1}": heat(maps[:, n]) for n in range(maps.shape[1])}
+        mean = heat(maps.mean(dim=1))
+        figure_3[name] = mean
+        end = "" if len(runs) == 1 else "_" + re.sub(r"\W+", "_", name).strip("_")
+        save_picture(
+            folder / f"attention{end}.png", {"original": real, "mean of heads": mean} | heads
+        )
+        draw_curves(folder / f"curves{end}.png", Path(run.path).parent / "log.jsonl")
+    save_picture(folder / "reconstruction.png", figure_2)
+    if len(runs) > 1:
+        save_picture(folder / "attention.png", figure_3)
 
 
 # ---- Benchmark -----------------------------------------------------------------------------------
@@ -781,6 +1023,23 @@ def benchmark(args, device, world):
     say(json.dumps(row))
 
 
+def benchmark_all(argv):
+    """`--benchmark --loss all`: the paper's Table 4, a process for each row of LOSSES -> status."""
+    say("loss             relative time  seconds a step  images/s  peak MiB  parameters G, D")
+    base = None
+    for loss in LOSSES:
+        command = [sys.executable, __file__, *argv, "--loss", loss]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            return done.returncode
+        row = json.loads(done.stdout.splitlines()[-1])
+        base = base or row["seconds_per_step"]
+        sizes = " ".join(f"{row[f'parameters_{n}'] / 1e6:7.1f} M" for n in "gd")
+        say(f"{loss:15}  {row['seconds_per_step'] / base:13.2f}  {row['seconds_per_step']:14.3f}  "
+            f"{row['images_per_second']:8.2f}  {row['peak_memory_mib']:8}  {sizes}")  # fmt: skip
+    return 0
+
+
 # ---- Data ----------------------------------------------------------------------------------------
 
 
@@ -789,16 +1048,21 @@ def open_data(args):
     if args.data == "data/imagenet" and not Path(args.data).exists():
         fail("data/imagenet does not exist: put ImageNet there, or give --data PATH, "
              "--data shapes (drawn on the fly), or --demo")  # fmt: skip
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if dist.is_initialized() and not first:
-        dist.barrier()  # one process of a node downloads what is to be downloaded
     try:
-        return open_sources(args.data, image_size=args.image_size, seed=args.seed)
+        with first_of_a_node_first():  # it downloads what is to be downloaded
+            return open_sources(args.data, image_size=args.image_size, seed=args.seed)
     except (ValueError, OSError) as error:  # what is wrong with it, and the remedy
         fail(str(error))
-    finally:
-        if dist.is_initialized() and first:
-            dist.barrier()
+
+
+def shard(dataset, args):
+    """Loader of this process's part of a data set: images rank, rank + world, ... in order.
+
+    No padding, so that over all processes each image is counted once.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    keys = [(0, i) for i in range(rank, len(dataset), world_size())]
+    return build_loader(dataset, keys, batch_size=args.batch_size, workers=args.workers)
 
 
 def build_data(args):
@@ -817,10 +1081,11 @@ def build_data(args):
         limit=args.limit_images,
         **common,
     )
-    if len(train_set) < images_per_step(args):
+    if len(train_set) < images_per_step(args) and not args.eval:
         fail(f"{len(train_set)} training images are fewer than the {images_per_step(args)} of one "
              "step; lower --batch-size")  # fmt: skip
-    return train_set, PretrainSet(val_source, augment=False, limit=args.val_images, **common)
+    limit = args.val_images or (None if args.eval else 256)
+    return train_set, PretrainSet(val_source, augment=False, limit=limit, **common)
 
 
 # ---- The training loop ---------------------------------------------------------------------------
@@ -879,7 +1144,8 @@ def finish_epoch(run, progress, lr, val, args):
     if run.ada is not None:
         row["ada_p"] = float(run.ada.p)
     images, noise, bad_validation = val
-    row |= validate(run, images, noise, args)
+    if epoch % args.eval_every == 0 or epoch == args.epochs:
+        row |= validate(run, images, noise, args)
     if args.norm_pix_loss:
         row["psnr_uses_true_patch_statistics"] = True
     row["images_per_second"] = progress["epoch_step"] * images_per_step(args) / progress["seconds"]
@@ -893,6 +1159,7 @@ def finish_epoch(run, progress, lr, val, args):
             picture = Path(args.out) / "pictures" / f"epoch_{epoch:04d}.png"
             picture.parent.mkdir(exist_ok=True)
             draw_reconstructions(picture, run, images[:8], noise[:8], args)
+            draw_curves(picture.parent / "curves.png", Path(args.out) / "log.jsonl")
     say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
     kept = {name: progress[name] for name in ("step", "bad_images", "layout", "path_mean")}
     progress |= new_progress() | kept | {"epoch": epoch + 1}
@@ -997,7 +1264,24 @@ def build_parser():
 
     g = parser.add_argument_group("what to train")
     g.add_argument("--demo", action="store_true", help="small preset on `shapes`, 4 minutes on CPU")
-    g.add_argument("--loss", choices=LOSSES, default="mse", help="row of the paper's tables")
+    g.add_argument(
+        "--loss",
+        choices=[*LOSSES, "all"],
+        default="mse",
+        help="row of the paper's tables; all: with --benchmark, each in turn",
+    )
+    g.add_argument(
+        "--eval",
+        action="store_true",
+        help="measure --resume's checkpoints: Table 1, Figures 2 and 3; no training",
+    )
+    g.add_argument(
+        "--inception-weights",
+        default="torchvision",
+        metavar="FILE|torchvision|none",
+        help="for IS and FID, with --eval; the file of published FIDs is "
+        "pt_inception-2015-12-05-6726825d.pth",
+    )
     g.add_argument("--model", choices=MAE_SIZES, default="base", help="paper: base, large")
     g.add_argument(
         "--arch",
@@ -1015,7 +1299,11 @@ def build_parser():
     g = parser.add_argument_group("data")
     g.add_argument("--data", default="data/imagenet", help="folder of images, shapes, or cifar10")
     g.add_argument("--limit-images", type=at_least(1), help="train on so many, a seeded choice")
-    g.add_argument("--val-images", type=at_least(1), default=256, help="held out for PSNR and SSIM")
+    g.add_argument(
+        "--val-images",
+        type=at_least(1),
+        help="held-out images to measure; None = 256 in training, all with --eval",
+    )
     g.add_argument("--crop-min", type=positive, default=0.2, help="smallest crop, part of the area")
     g.add_argument("--flip", action=flag, default=True, help="mirror half of the images")
     g.add_argument("--jitter", type=at_least(0, float), default=0.4, help="colour jitter; 0 = none")
@@ -1097,7 +1385,14 @@ def build_parser():
         nargs="+",
         default=["auto"],
         metavar="auto|off|PATH",
-        help="auto: continue OUT/checkpoint.pt if there is one; off: start anew",
+        help="auto: continue OUT/checkpoint.pt if there is one; off: start anew; --eval takes "
+        "several",
+    )
+    g.add_argument(
+        "--eval-every",
+        type=at_least(1),
+        default=1,
+        help="epochs between measurements; and the last",
     )
     g.add_argument("--save-every", type=at_least(1), default=1, help="epochs between checkpoints")
     g.add_argument("--save-steps", type=at_least(1), help="steps between checkpoints, in addition")
@@ -1118,6 +1413,10 @@ def parse_args(argv=None):
     if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**DEMO)  # flags that are given still win
     args = parser.parse_args(argv)
+    if args.loss == "all":
+        if not args.benchmark or "RANK" in os.environ:
+            fail("--loss all is for --benchmark, without torchrun; name one row")
+        return args
     channels, most = DISCRIMINATOR_WIDTHS[args.model]
     args.d_channels, args.d_max = args.d_channels or channels, args.d_max or most
     if args.arch == "auto":
@@ -1129,7 +1428,8 @@ def parse_args(argv=None):
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs * 40 / 300
     args.lr = args.lr or args.blr * images_per_step(args) / 256
-    args.out = args.out or f"runs/{args.loss}"
+    beside = str(Path(args.resume[0]).parent) if args.eval else f"runs/{args.loss}"
+    args.out = args.out or beside
     if args.norm_pix_loss and LOSSES[args.loss]["pixel"] != "mse":
         fail(f"--norm-pix-loss is for --loss mse: {args.loss} compares whole images")
     if args.loss == "ms_ssim" and args.image_size < 24:
@@ -1155,11 +1455,8 @@ def images_per_step(args):
 # ---- Main ----------------------------------------------------------------------------------------
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    device, rank, world = start_processes()
-    if args.benchmark:
-        return benchmark(args, device, world)
+def pretrain(args, device, rank, world):
+    """Train the row that args name -> the signal that stopped it, or 0."""
     run = build_run(args, device)
     train_set, val_set = build_data(args)
     val = fixed_batch(val_set, rank, world)
@@ -1174,6 +1471,21 @@ def main(argv=None):
     stopped, _ = fit(run, train_set, rank, args, **hooks, end_epoch=end_epoch)
     if args.demo and not stopped:
         say(f"next: your own images, python train.py --loss {args.loss} --data PATH")
+    return stopped
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.loss == "all":
+        return benchmark_all(sys.argv[1:] if argv is None else argv)
+    device, rank, world = start_processes()
+    stopped = 0
+    if args.benchmark:
+        benchmark(args, device, world)
+    elif args.eval:
+        evaluate(args, device, rank, world)
+    else:
+        stopped = pretrain(args, device, rank, world)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 128 + stopped if stopped else 0
