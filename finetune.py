@@ -51,6 +51,7 @@ from train import (
     images_per_step,
     is_main,
     learning_rate,
+    load_whole,
     new_progress,
     note_bad_images,
     open_data,
@@ -170,24 +171,6 @@ def published_sizes(weights, args):
     return dict(model=model, image_size=side * patch_size, patch_size=patch_size)
 
 
-def load(network, weights, path):
-    """Load weights into a network, all of them or none: what does not fit is listed, status 2."""
-    expected = network.state_dict()
-    faults = {
-        "missing": [k for k in expected if k not in weights],
-        "unexpected": [k for k in weights if k not in expected],
-        "of another shape": [
-            f"{k} {list(getattr(v, 'shape', '?'))} for {list(expected[k].shape)}"
-            for k, v in weights.items()
-            if k in expected and getattr(v, "shape", None) != expected[k].shape
-        ],
-    }
-    listed = [f"{what}: {', '.join(map(str, keys))}" for what, keys in faults.items() if keys]
-    if listed:
-        fail(f"{path} does not fit, nothing was loaded; {'; '.join(listed)}")
-    network.load_state_dict(weights)
-
-
 def load_weights(network, weights, args):
     """Give the classifier what `read_weights` read: its encoder, or with --eval all of it."""
     prefix, side = "encoder.", network.encoder.side
@@ -197,9 +180,9 @@ def load_weights(network, weights, args):
     except (ValueError, RuntimeError, AttributeError) as error:
         fail(f"{args.checkpoint} has positions that cannot be resized: {error}")
     if not args.eval:
-        return load(network.encoder, encoder, args.checkpoint)
+        return load_whole(network.encoder, encoder, args.checkpoint)
     rest = {k: v for k, v in weights.items() if not k.startswith(prefix)}
-    load(network, rest | {prefix + k: v for k, v in encoder.items()}, args.checkpoint)
+    load_whole(network, rest | {prefix + k: v for k, v in encoder.items()}, args.checkpoint)
 
 
 # ---- Networks and optimiser ----------------------------------------------------------------------

@@ -527,6 +527,29 @@ def encoder_weights(weights, side):
     return weights
 
 
+def misfits(network, weights, most=None):
+    """How weights {name: tensor} do not fit a network: one line, "" if they do.
+
+    most: list no more than so many names of a kind.
+    """
+    expected = network.state_dict()
+    faults = {
+        "missing": [k for k in expected if k not in weights],
+        "unexpected": [str(k) for k in weights if k not in expected],
+        "of another shape": [
+            f"{k} {list(getattr(v, 'shape', '?'))} for {list(expected[k].shape)}"
+            for k, v in weights.items()
+            if k in expected and getattr(v, "shape", None) != expected[k].shape
+        ],
+    }
+    listed = []
+    for what, names in faults.items():
+        if names:
+            rest = f" and {len(names) - most} more" if most and len(names) > most else ""
+            listed.append(f"{what}: {', '.join(names[:most])}{rest}")
+    return "; ".join(listed)
+
+
 def build_classifier(size, classes, *, image_size, patch_size, pool, frozen, drop=0.0):
     """A classifier of a size in MAE_SIZES; ValueError if the patch size does not fit the image."""
     sizes = {k: MAE_SIZES[size][k] for k in ("width", "depth", "heads")}
@@ -1024,7 +1047,7 @@ class InceptionFeatures(nn.Module):
 
     weights: {name: tensor}, either those with which published FIDs are computed, converted from
     TensorFlow ("pt_inception-2015-12-05-6726825d.pth", 1008 classes), or torchvision's own (1000
-    classes); ValueError, listing what does not fit, for anything else. `published` says which.
+    classes); ValueError, naming what does not fit, for anything else. `published` says which.
     The published network pools differently from torchvision's in nine blocks: averages leave the
     padding out, and the last block takes a maximum.
     """
@@ -1038,10 +1061,9 @@ class InceptionFeatures(nn.Module):
             raise ValueError(f"fc.bias has {classes} classes, not 1008 (published) or 1000")
         weights = {k: v for k, v in weights.items() if not k.startswith("AuxLogits")}
         network = inception_v3(num_classes=classes, aux_logits=False, init_weights=False)
-        try:
-            network.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(str(error)) from None
+        if faults := misfits(network, weights, most=3):
+            raise ValueError(faults)
+        network.load_state_dict(weights)
         self.published = classes == 1008
         if self.published:
             average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)

@@ -19,6 +19,7 @@ import time
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -58,7 +59,8 @@ FAST = [*TINY, "--batch-size", "4", "--val-images", "4", "--workers", "0", "--lr
 
 def close(a, b, tolerance):
     """Largest absolute difference is at most `tolerance`."""
-    difference = (torch.as_tensor(a) - torch.as_tensor(b)).abs().max().item()
+    a, b = (torch.as_tensor(value, dtype=torch.float64) for value in (a, b))
+    difference = (a - b).abs().max().item()
     assert difference <= tolerance, f"differs by {difference}, allowed {tolerance}"
 
 
@@ -292,6 +294,150 @@ def slow_mae(weights, images, noise, depth, heads, decoder_depth, decoder_heads,
             x = block(x, f"decoder_blocks.{i}", decoder_heads)
         results.append(apply(norm(x, "decoder_norm"), "decoder_pred")[1:])
     return torch.stack(results)
+
+
+def test_pasted_and_full_reconstructions_are_told_apart():
+    real = torch.full((2, 3, 32, 32), 0.4)  # 102 of 255
+    hidden = torch.zeros(2, 1, 32, 32)
+    hidden[:, :, :, :16] = 1
+    fake = torch.full((2, 3, 32, 32), 0.8)  # .4 off where visible,
+    fake[:, :, :, :16] = 0.6001  # .2 off where hidden, once it has 8 bits
+    sums, fakes = losses.image_quality(fake, real, hidden)
+    assert set(sums) == set(losses.METRICS)
+    close(sums["l1_full"], 2 * 0.3, 1e-6)
+    close(sums["l1_pasted"], 2 * 0.1, 1e-6)
+    close(sums["psnr_full"], 2 * -10 * math.log10((0.16 + 0.04) / 2), 1e-4)
+    close(sums["psnr_pasted"], 2 * -10 * math.log10(0.04 / 2), 1e-4)
+    close(sums["psnr"], 2 * -10 * math.log10(0.04), 1e-4)
+    close(sums["ssim_full"], losses.ssim(fakes["full"], real).sum(), 1e-6)
+    close(fakes["pasted"][:, :, :, 16:], real[:, :, :, 16:], 0)
+    close(fakes["pasted"][:, :, :, :16] * 255, 153.0, 1e-4)
+
+
+def test_ssim_of_flat_images_equals_the_closed_form_to_seven_digits():
+    x, y = torch.full((1, 3, 16, 16), 0.9), torch.full((1, 3, 16, 16), 0.899)
+    a, b = x[0, 0, 0, 0].double(), y[0, 0, 0, 0].double()
+    close(losses.ssim(x, y), (2 * a * b + 1e-4) / (a * a + b * b + 1e-4), 1e-7)
+
+
+def set_sums(features, logits=None, parts=1):
+    """`inception_sums` of all images, added up over batches of 7; splits are contiguous."""
+    n, total = len(features), None
+    logits = torch.zeros(n, 4) if logits is None else logits
+    for index in torch.arange(n).split(7):
+        sums = losses.inception_sums(features[index], logits[index], index * parts // n, parts)
+        total = {k: v + total[k] for k, v in sums.items()} if total else sums
+    return total
+
+
+def test_frechet_distance_of_gaussians_equals_the_closed_form():
+    # Along the axes of one rotation, deviations 1, 2, 3 against 2, 2, 5: 1 + 0 + 4, means: 9.
+    rotation = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    cov_x = rotation @ torch.diag(torch.tensor([1.0, 4, 9]).double()) @ rotation.T
+    cov_y = rotation @ torch.diag(torch.tensor([4.0, 4, 25]).double()) @ rotation.T
+    means = torch.zeros(3).double(), torch.tensor([1.0, 2, 2]).double()
+    close(losses.frechet_distance(means[0], cov_x, means[1], cov_y), 14.0, 1e-9)
+    # Covariances that do not commute: the root's trace from the product's own eigenvalues.
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 40, 6, dtype=torch.float64)
+    x, y = x @ (torch.eye(6) + torch.ones(6, 6) / 3).double(), y * torch.arange(1, 7)
+    root = torch.linalg.eigvals(x.T.cov() @ y.T.cov()).sqrt().real.sum()
+    expected = (x.mean(0) - y.mean(0)).square().sum() + x.T.cov().trace() + y.T.cov().trace()
+    sums = [losses.mean_and_covariance(set_sums(part)) for part in (x, y)]
+    close(losses.frechet_distance(*sums[0], *sums[1]), expected - 2 * root, 1e-9)
+
+
+def test_frechet_distance_of_few_images_equals_the_nuclear_norm():
+    # With fewer images than features: Tr (S1 S2)^1/2 = |X1 X2^T|_* / sqrt((n1 - 1) (n2 - 1)).
+    x, y = torch.randn(20, 50).double(), torch.randn(15, 50).double() * 2 + 1
+    centred = [part - part.mean(0) for part in (x, y)]
+    norm = torch.linalg.svdvals(centred[0] @ centred[1].T).sum() / math.sqrt(19 * 14)
+    traces = sum(part.square().sum() / (len(part) - 1) for part in centred)
+    expected = (x.mean(0) - y.mean(0)).square().sum() + traces - 2 * norm
+    sums = [losses.mean_and_covariance(set_sums(part)) for part in (x, y)]
+    close(losses.frechet_distance(*sums[0], *sums[1]) / expected, 1.0, 1e-9)
+    close(losses.frechet_distance(*sums[0], *sums[0]), 0.0, 1e-9)
+
+
+def test_inception_score_is_1_for_uniform_and_the_number_of_classes_for_sure_predictions():
+    features = torch.zeros(20, 2)
+    close(losses.inception_score(set_sums(features, torch.zeros(20, 5), 10)), (1.0, 0.0), 1e-9)
+    sure = torch.full((20, 5), -1e4).scatter(1, (torch.arange(20) % 5)[:, None], 1e4)
+    close(losses.inception_score(set_sums(features, sure, 1)), (5.0, 0.0), 1e-6)
+    # Two parts, one sure and one without a clue: scores 5 and 1.
+    half = torch.cat([sure[:10], torch.zeros(10, 5)])
+    close(losses.inception_score(set_sums(features, half, 2)), (3.0, 2.0), 1e-6)
+    # exp of the mean KL divergence, the slow way.
+    logits = torch.randn(20, 5).double()
+    p = logits.softmax(1)
+    kl = sum((row * (row / p.mean(0)).log()).sum() for row in p) / 20
+    close(losses.inception_score(set_sums(features, logits, 1))[0], kl.exp(), 1e-9)
+
+
+def test_cls_attention_equals_a_slow_softmax():
+    torch.manual_seed(0)
+    mae = model.build_mae("tiny", 32, 8)
+    images = tiny_batch(2)[0]
+    seen = []
+    hook = mae.blocks[-1].attn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    mae.encode(images)
+    hook.remove()
+    maps = mae.cls_attention(images)
+    assert maps.shape == (2, 3, 4, 4)
+    q, k, _ = F.linear(seen[0], mae.blocks[-1].attn.qkv.weight).chunk(3, dim=2)  # biases start at 0
+    for b in range(2):
+        for head in range(3):
+            part = slice(64 * head, 64 * head + 64)
+            scores = [(q[b, 0, part] @ key).item() / 8 for key in k[b, :, part]]
+            expected = (
+                torch.tensor(scores).softmax(0)[1:].view(4, 4)
+            )  # CLS's own weight is left out
+            close(maps[b, head], expected, 1e-6)
+
+
+def stand_in(classes=1008):
+    """Inception weights of the right shapes whose features differ from image to image."""
+    from torchvision.models import inception_v3
+
+    torch.manual_seed(0)
+    network = inception_v3(num_classes=classes, aux_logits=False, init_weights=False)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    return network.state_dict()
+
+
+def test_inception_pools_as_the_published_network_and_otherwise_is_torchvisions():
+    from torchvision.models import inception_v3
+
+    weights = stand_in(1000)
+    network = inception_v3(num_classes=1000, aux_logits=False, init_weights=False)
+    network.load_state_dict(weights)
+    images = torch.rand(1, 3, 299, 299)
+    with torch.no_grad():
+        features, logits = model.InceptionFeatures(weights)(images)
+        close(logits, network.eval()(2 * images - 1), 1e-5)
+        assert features.shape == (1, 2048)
+
+    published = model.InceptionFeatures(stand_in(1008)).train()
+    assert not published.network.training
+    with torch.no_grad():
+        x = torch.rand(1, 192, 5, 5)
+        block = published.network.Mixed_5b
+        total, count = torch.zeros(192, 5, 5), torch.zeros(5, 5)
+        for i, j in [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]:
+            to = (slice(max(0, -i), 5 - max(0, i)), slice(max(0, -j), 5 - max(0, j)))
+            of = (slice(max(0, i), 5 + min(0, i)), slice(max(0, j), 5 + min(0, j)))
+            total[:, *to] += x[0, :, *of]
+            count[to] += 1
+        average = (total / count)[None]
+        close(block(x)[:, -32:], block.branch_pool.bn(block.branch_pool.conv(average)).relu(), 1e-4)
+        x = torch.rand(1, 2048, 4, 4)
+        block = published.network.Mixed_7c
+        most = F.max_pool2d(F.pad(x, (1, 1, 1, 1), value=-9.0), 3, stride=1)
+        close(block(x)[:, -192:], block.branch_pool.bn(block.branch_pool.conv(most)).relu(), 1e-4)
+        changed = [m for m in published.network.modules() if len(m._forward_pre_hooks)]
+        assert len(changed) == 18  # nine blocks and their pooling branches
 
 
 def test_mae_equals_a_slow_implementation():
@@ -1475,6 +1621,48 @@ def test_pictures_show_every_pixel_enlarged_by_a_whole_factor():
     assert len(red) == 16 and (red.max(0) - red.min(0)).tolist() == [3, 3]  # 4 x 4: zoom 200 / 50
 
 
+def test_heat_goes_from_the_darkest_to_the_brightest_colour_of_each_map():
+    maps = torch.tensor([[[0.0, 1.0], [0.5, 0.25]], [[7.0, 7.0], [7.0, 9.0]]])
+    colours = (data.heat(maps) * 255).round()
+    anchors = torch.tensor(data.HEAT_COLOURS).float()
+    close(colours[0, :, 0, 0], anchors[0], 0)
+    close(colours[0, :, 0, 1], anchors[-1], 0)
+    close(colours[0, :, 1, 0], anchors[2], 0)  # half way is the middle one of five
+    close(colours[1, :, 0, 0], anchors[0], 0)
+    close(colours[1, :, 1, 1], anchors[-1], 0)
+
+
+def test_wide_pictures_are_halved_by_averaging_and_maps_keep_their_blocks():
+    images = torch.zeros(1, 3, 224, 224)
+    images[:, :, :, ::2] = 1  # stripes of one pixel: grey at half the size
+    maps = torch.eye(14).expand(1, 3, 14, 14)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "p.png"
+        data.save_picture(path, {"image": images} | {str(n): maps for n in range(13)})
+        pixels = np.asarray(Image.open(path)).astype(int)
+    top = len(pixels) - 112
+    assert pixels.shape[1] == 14 * 118 - 6
+    assert set(pixels[top:, :112].flatten()) <= {127, 128}
+    expected = np.kron(np.eye(14), np.ones((8, 8))) * 255
+    assert (pixels[top:, 118:230, 0] == expected).all()
+
+
+def test_curves_pass_through_their_values():
+    rows = [{"epoch": 1, "a": 3.0}, {"epoch": 2, "a": 1.0, "b": 5.0}, {"epoch": 3, "a": 2.0}]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "c.png"
+        data.save_curves(path, rows, {"A": {"a": ""}, "none": {"c": ""}, "B": {"b": ""}})
+        picture = Image.open(path).convert("RGB")
+    assert picture.size == (900, 190)  # two panels have values: one row of three places
+    colour = np.array([0x1F, 0x5F, 0xA8])
+    blue = np.abs(np.asarray(picture).astype(int) - colour).sum(axis=2) < 30
+    columns = [np.flatnonzero(blue[:, x]).mean() for x in (52, 167, 281)]  # the three epochs
+    close(columns[0], 30.0, 2.0)  # the largest value: the top
+    close(columns[1], 162.0, 2.0)  # the smallest: the bottom
+    close(columns[2], 96.0, 2.0)  # half way
+    assert blue[:, 600:].sum() == 0 and blue[:, 352:582].any()
+
+
 # ---- Runs ----------------------------------------------------------------------------------------
 
 
@@ -1495,10 +1683,10 @@ def test_validation_measures_hidden_pixels_alone():
     mask = torch.zeros(2, 16)
     mask[:, :4] = 1  # the first row of patches is hidden
     off = torch.full((2, 3, 32, 32), 0.9)
-    off[:, :, :8] = 0.5  # .1 off where hidden: 20 dB
+    off[:, :, :8] = 0.6  # .2 off where hidden: 13.979 dB
     run.mae.forward = lambda *_: ([off], mask)
     result = train.validate(run, images, torch.rand(2, 16), args)
-    close(result["psnr"], 20.0, 1e-3)
+    close(result["psnr"], -20 * math.log10(0.2), 1e-3)
     close(result["psnr_mean_fill"], 100.0, 1e-3)  # the visible mean is right: the ceiling
 
 
@@ -1551,6 +1739,85 @@ def test_benchmark_averages_steps_with_lazy_regularisers_in():
     assert steps == [0, 0, *range(4), *range(4), *range(4)]  # 2 to warm up, 11 made whole rounds
     row = json.loads(printed.getvalue())
     assert row["seconds_per_step"] == 2.0 and row["images_per_second"] == 2.0
+
+
+def test_eval_measures_checkpoints_and_two_processes_do_as_one():
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for loss in ("mse", "msg_gan_p"):
+            flags = [*FAST, "--loss", loss, "--limit-images", 8, "--out", root / loss]
+            assert command(*flags, "--epochs", 3, "--eval-every", 2)[0] == 0
+            rows = [json.loads(r) for r in (root / loss / "log.jsonl").read_text().splitlines()]
+            assert ["psnr_full" in row for row in rows] == [False, True, True]
+            assert (root / loss / "pictures" / "curves.png").exists()
+        torch.save(stand_in(), root / "inception.pth")
+        both = [root / loss / "checkpoint.pt" for loss in ("mse", "msg_gan_p")]
+        given = ["--eval", "--resume", *both, "--data", "shapes", "--val-images", 12]
+        given += ["--workers", 0, "--inception-weights", root / "inception.pth"]
+        ranks = []
+        for r in range(2):
+            place = dict(RANK=r, WORLD_SIZE=2, LOCAL_RANK=r, MASTER_ADDR="127.0.0.1")
+            place["MASTER_PORT"] = 20000 + (os.getpid() + 2500) % 20000
+            ranks.append(
+                launch("train.py", *given, "--batch-size", 2, "--out", root / "two", **place)
+            )
+        assert command(*given, "--batch-size", 4, "--out", root / "one")[0] == 0
+        for process in ranks:
+            assert process.wait() == 0, process.stdout.read()
+        one, two = (json.loads((root / n / "eval.json").read_text()) for n in ("one", "two"))
+        assert one["images"] == two["images"] == 12 and "not the file" in one["inception"]
+        assert set(one["results"]) == {"real", "mse", "msg_gan_p"}
+        for name, row in one["results"].items():
+            for metric, value in row.items():
+                close(two["results"][name][metric], value, 1e-4 * max(1, abs(value)))
+        for row in (one["results"]["mse"], one["results"]["msg_gan_p"]):
+            assert row["psnr_pasted"] > row["psnr"] and row["fid_full"] > 0
+        names = ["attention.png", "attention_mse.png", "attention_msg_gan_p.png"]
+        names += ["curves_mse.png", "curves_msg_gan_p.png", "reconstruction.png"]
+        assert sorted(p.name for p in (root / "one" / "pictures").iterdir()) == sorted(names)
+
+        # Pixels alone, and what cannot be measured.
+        alone = ["--eval", "--resume", both[0], *given[4:10], "--out", root / "alone"]
+        assert command(*alone, "--inception-weights", "none")[0] == 0
+        row = json.loads((root / "alone" / "eval.json").read_text())["results"]["mse"]
+        assert row["psnr_full"] == one["results"]["mse"]["psnr_full"] and "fid_full" not in row
+        refused("--eval", "--data", "shapes", names=["--resume", "checkpoint.pt"])
+        refused(*alone, "--inception-weights", both[0], names=["Inception weights", "6726825d"])
+        torch.save({"fc.bias": torch.zeros(1008)}, root / "part.pth")
+        refused(
+            *alone, "--inception-weights", root / "part.pth", names=["missing: Conv2d_1a", "more"]
+        )
+        refused(*alone, "--inception-weights", root / "no.pth", names=["no.pth", "not exist"])
+        assert command(*FAST, "--image-size", 64, "--limit-images", 4, "--epochs", 1, "--out",
+                       root / "large")[0] == 0  # fmt: skip
+        large = root / "large" / "checkpoint.pt"
+        refused("--eval", "--resume", both[0], large, "--data", "shapes", names=["image size 64"])
+
+
+def test_unreadable_images_are_left_out_of_an_evaluation():
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_folder(root / "train", count=4)
+        write_folder(root / "val", count=4)
+        flags = [*FAST, "--data", root, "--out", root / "run"]
+        assert command(*flags, "--epochs", 1)[0] == 0
+        (root / "val" / "a" / "2.png").write_text("not an image")
+        given = ["--eval", "--resume", root / "run" / "checkpoint.pt", "--data", root]
+        status, errors = command(*given, "--workers", 0, "--inception-weights", "none")
+        result = json.loads((root / "run" / "eval.json").read_text())
+        assert status == 0 and "left out" in errors and "a/2.png" in errors
+        assert (result["images"], result["unreadable"]) == (7, 1)
+
+
+def test_a_benchmark_of_all_rows_prints_each_relative_to_mse():
+    few = {name: losses.LOSSES[name] for name in ("mse", "ls_gan")}
+    output, flags = io.StringIO(), [*TINY, "--benchmark", "1", "--batch-size", "2"]
+    with mock.patch.object(train, "LOSSES", few), contextlib.redirect_stdout(output):
+        assert train.main([*flags, "--loss", "all"]) == 0
+    rows = [line.split() for line in output.getvalue().splitlines()[1:]]
+    assert [row[0] for row in rows] == ["mse", "ls_gan"] and float(rows[0][1]) == 1
+    close(float(rows[1][1]), float(rows[1][2]) / float(rows[0][2]), 0.1 * float(rows[1][1]))
+    refused(*TINY, "--loss", "all", names=["--loss all", "--benchmark"])
 
 
 def test_a_run_within_an_epoch_keeps_its_batch_and_steps_count_from_the_start():

@@ -83,6 +83,7 @@ from model import (
     build_mae,
     imagenet_denormalize,
     imagenet_normalize,
+    misfits,
     random_masking,
     unpatchify,
 )
@@ -615,6 +616,13 @@ def read_checkpoint(path, holds=("mae", "arguments", "progress"), kind="a checkp
     return checkpoint
 
 
+def load_whole(network, weights, path):
+    """Load weights into a network, all of them or none: what does not fit is listed, status 2."""
+    if faults := misfits(network, weights):
+        fail(f"{path} does not fit, nothing was loaded; {faults}")
+    network.load_state_dict(weights)
+
+
 def resume(args, run, path, layout, must_fit=ARGUMENTS_THAT_MUST_FIT, script="train.py"):
     """Continue from a checkpoint if `--resume` says so and there is one -> progress.
 
@@ -775,10 +783,7 @@ def open_checkpoints(args, device):
         checkpoint = read_checkpoint(path)
         own = argparse.Namespace(**checkpoint["arguments"])
         mae = build_mae(own.model, own.image_size, own.patch_size, own.arch, image_scales(own))
-        try:
-            mae.load_state_dict(checkpoint["mae"])
-        except RuntimeError as error:
-            fail(f"{path} does not fit: {error}")
+        load_whole(mae, checkpoint["mae"], path)
         name = own.loss if own.arch == LOSSES[own.loss]["arch"] else f"{own.loss} ({own.arch})"
         if name in runs:
             name = f"{name} {len(runs) + 1}"
@@ -939,9 +944,9 @@ def draw_figures(folder, runs, val_set, args, rows=8):
     """Figures 2 and 3 of the first images, and every checkpoint's curves, as PNG files.
 
     reconstruction.png: a column for each checkpoint, its hidden part pasted into the visible
-    patches (PAPER SILENT: whether Figure 2's are; MSE trains nothing else). attention.png: the last layer's attention of
-    CLS, each head and their mean; of several checkpoints the means side by side, and the heads in
-    attention_NAME.png each.
+    patches (PAPER SILENT: whether Figure 2's are; MSE trains nothing else). attention.png: the
+    last layer's attention of CLS, each head and their mean; of several checkpoints the means side
+    by side, and the heads in attention_NAME.png each.
     """
     device = torch.device(next(iter(runs.values())).device)
     images, noise = collate([val_set[0, i] for i in range(min(rows, len(val_set)))])[:2]
