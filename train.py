@@ -881,7 +881,7 @@ def measure(runs, val_set, inception, args, rank, world):
         for key, value in inception_sums(features, logits, split, splits).items():
             sums[name, kind][key] += value
 
-    if inception is not None:
+    if inception is not None:  # sums of no images, so that every process has them all
         nothing = torch.zeros(0, 3, 75, 75, device=device)
         for name, kind in [("real", ""), *((name, kind) for name in runs for kind in KINDS)]:
             features, logits = inception(nothing)
