@@ -15,6 +15,7 @@ loads into timm's ViT.
 
 import functools
 import math
+import re
 
 import torch
 import torch.distributed as dist
@@ -1091,3 +1092,96 @@ class InceptionFeatures(nn.Module):
         x = F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False)
         features = self.network(2 * x - 1)
         return features, self.classify(features)
+
+
+# ---- Weights in and out: the names of other projects ---------------------------------------------
+
+# Hugging Face's names for ours, as its published files have them; inside a block, then elsewhere.
+HF_IN_BLOCK = {
+    "norm1": "layernorm_before",
+    "attn.qkv": "attention.attention.{}",  # three layers there: query, key, value
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+HF_OUTSIDE = {
+    "cls_token": "vit.embeddings.cls_token",
+    "pos_embed": "vit.embeddings.position_embeddings",
+    "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
+    "blocks": "vit.encoder.layer",
+    "norm": "vit.layernorm",
+    "decoder_embed": "decoder.decoder_embed",
+    "mask_token": "decoder.mask_token",
+    "decoder_pos_embed": "decoder.decoder_pos_embed",
+    "decoder_blocks": "decoder.decoder_layers",
+    "decoder_norm": "decoder.decoder_norm",
+    "decoder_pred": "decoder.decoder_pred",
+}
+HF_NEWER = {  # transformers 5 names its layers anew and renames files as it reads them
+    "vit.layers.": "vit.encoder.layer.",
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+
+
+def hf_names(name):
+    """Our name of a weight -> Hugging Face's: one, or three for query, key and value together."""
+    stem, dot, kind = (
+        name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "")
+    )
+    inside = re.fullmatch(r"(blocks|decoder_blocks)\.(\d+)\.(.+)", stem)
+    if inside:
+        stem = f"{HF_OUTSIDE[inside[1]]}.{inside[2]}.{HF_IN_BLOCK[inside[3]]}"
+    else:
+        stem = HF_OUTSIDE[stem]
+    parts = ("query", "key", "value") if "{}" in stem else ("",)
+    return [stem.format(part) + dot + kind for part in parts]
+
+
+def to_hf(weights):
+    """Weights of a plain `MAE` -> those of transformers' ViTMAEForPreTraining.
+
+    ValueError for networks that it cannot express: MSG-MAE, or several scales.
+    """
+    extra = [k for k in weights if k.startswith(("decoder_fuse", "decoder_rgb"))]
+    if extra:
+        raise ValueError(f"transformers has no place for {extra[0]} and {len(extra) - 1} more")
+    out = {}
+    for name, value in weights.items():
+        names = hf_names(name)
+        out |= dict(zip(names, value.chunk(len(names)), strict=True))
+    return out
+
+
+def from_others(weights):
+    """Weights of a ViT-MAE or its encoder, as the published MAE, timm or Hugging Face name them.
+
+    -> ({our name: tensor}, [names left out]): a classifier's head is left out; any other name that
+    is not ours is kept, for strict loading to judge.
+    """
+    if any(k.startswith(("vit.", "embeddings.")) for k in weights):
+        theirs = {}
+        for name, value in weights.items():
+            name = name if name.startswith(("vit.", "decoder.")) else f"vit.{name}"
+            for newer, older in HF_NEWER.items():
+                name = name.replace(newer, older)
+            theirs[name] = value
+        blocks = {int(n) for name in theirs for n in re.findall(r"layers?\.(\d+)\.", name)}
+        inside = [f"{part}.{n}.{layer}" for part in ("blocks", "decoder_blocks")
+                  for n in sorted(blocks) for layer in HF_IN_BLOCK]  # fmt: skip
+        weights = {}
+        for name in [
+            stem + end for stem in (*HF_OUTSIDE, *inside) for end in ("", ".weight", ".bias")
+        ]:
+            names = hf_names(name)
+            if all(n in theirs for n in names):
+                parts = [theirs.pop(n) for n in names]
+                weights[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        weights |= theirs  # whatever is not known
+    left_out = [k for k in weights if k.startswith("head.")]
+    return {k: v for k, v in weights.items() if k not in left_out}, left_out
