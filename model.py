@@ -15,7 +15,10 @@ loads into timm's ViT.
 
 import functools
 import math
+import pickle
 import re
+import warnings
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -1038,6 +1041,166 @@ class AdaAugment(nn.Module):
         # DIFFERS: p is also kept below 1; Karras et al. do not (no transform changes beyond 1).
         self.p.add_(rise * seen / self.ramp_images).clamp_(0, 1)
         self.statistics.zero_()
+
+
+# ---- Loss networks phi with published weights (eq. 7, and VGG) -----------------------------------
+
+
+class DVAEConv(nn.Module):
+    """Convolution with the weight names of DALL-E's files: w (out, in, k, k), b (out,)."""
+
+    def __init__(self, c_in, c_out, side):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(c_out, c_in, side, side) / (c_in * side**2) ** 0.5)
+        self.b = nn.Parameter(torch.zeros(c_out))
+
+    def forward(self, x):
+        return F.conv2d(x, self.w, self.b, padding=self.w.shape[2] // 2)
+
+
+class DVAEBlock(nn.Module):
+    """Residual block of the dVAE encoder: id(x) + res(x) / layers^2, four convolutions in res."""
+
+    def __init__(self, c_in, c_out, layers):
+        super().__init__()
+        self.gain = 1 / layers**2
+        self.id_path = DVAEConv(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        widths = [c_in, c_out // 4, c_out // 4, c_out // 4, c_out]
+        self.res_path = nn.ModuleDict(
+            {
+                f"conv_{n}": DVAEConv(widths[n - 1], widths[n], 3 if n < 4 else 1)
+                for n in range(1, 5)
+            }
+        )
+
+    def forward(self, x):
+        branch = x
+        for conv in self.res_path.values():
+            branch = conv(F.relu(branch))
+        return self.id_path(x) + self.gain * branch
+
+
+class DVAEEncoder(nn.Module):
+    """Encoder of DALL-E's discrete VAE (Ramesh et al. 2021), the loss network phi of eq. 7.
+
+    Parameter names are those of the published encoder.pkl (see `read_dvae`), without its last
+    layer, which names codes and gives no features. Frozen.
+    """
+
+    def __init__(self, width=256):
+        super().__init__()
+        widths, groups = [width, width, 2 * width, 4 * width, 8 * width], {}
+        groups["input"] = DVAEConv(3, width, 7)
+        for n in range(1, 5):
+            groups[f"group_{n}"] = nn.ModuleDict(
+                {
+                    "block_1": DVAEBlock(widths[n - 1], widths[n], layers=8),
+                    "block_2": DVAEBlock(widths[n], widths[n], layers=8),
+                }
+            )
+        self.blocks = nn.ModuleDict(groups).requires_grad_(False)
+
+    def forward(self, images):
+        """Images (B, 3, H, W) in [0, 1], H and W divisible by 8 -> the outputs of the four groups.
+
+        (B, 256, H/2, W/2), (B, 512, H/4, W/4), (B, 1024, H/8, W/8), (B, 2048, H/8, W/8).
+        PAPER SILENT: which layers of the dVAE are phi^1..phi^J.
+        """
+        x, features = self.blocks["input"](0.8 * images + 0.1), []
+        for n in range(1, 5):
+            for block in self.blocks[f"group_{n}"].values():
+                x = block(x)
+            x = F.max_pool2d(x, 2) if n < 4 else x
+            features.append(x)
+        return features
+
+
+class VGGFeatures(nn.Module):
+    """VGG-16, frozen, as Johnson et al. 2016 compare with it: relu1_2, relu2_2, relu3_3, relu4_3.
+
+    Parameter names are those of torchvision's vgg16. To copy: needs torchvision too.
+    """
+
+    def __init__(self):
+        super().__init__()
+        from torchvision.models import vgg16
+
+        self.features = vgg16(weights=None, init_weights=False).features[:23].requires_grad_(False)
+
+    def forward(self, images):
+        """Images (B, 3, H, W) in [0, 1] -> 64, 128, 256, 512 channels at H, H/2, H/4, H/8."""
+        x, features = imagenet_normalize(images), []
+        for number, layer in enumerate(self.features):
+            x = F.relu(x) if isinstance(layer, nn.ReLU) else layer(x)  # torchvision's is in place
+            if number in (3, 8, 15, 22):
+                features.append(x)
+        return features
+
+
+class InertObject:
+    """Stands for any class that a pickled network names: keeps its state, and does nothing."""
+
+    dump_patches = False  # torch asks a module's class, in files of its oldest format
+
+    def __init__(self, *args, **kwargs):
+        self.state = {}
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class TensorsOnly(pickle.Unpickler):
+    """Unpickler for a pickled network whose code must not run: tensors are real, all else inert."""
+
+    TENSORS = {
+        ("torch._utils", "_rebuild_tensor_v2"),
+        ("torch._utils", "_rebuild_parameter"),
+        ("torch.nn.parameter", "Parameter"),
+        ("collections", "OrderedDict"),
+    }
+    INERT = ("dall_e.", "torch.nn.", "torch.device", "builtins.set", "__builtin__.set")
+
+    def find_class(self, module, name):
+        full = f"{module}.{name}"
+        if (module, name) in self.TENSORS or (module == "torch" and name.endswith("Storage")):
+            return super().find_class(module, name)
+        if full.startswith(self.INERT):
+            return InertObject
+        raise pickle.UnpicklingError(f"it asks for {full}")
+
+
+def read_dvae(path):
+    """OpenAI's encoder.pkl, a whole pickled module -> {name: tensor} for `DVAEEncoder`.
+
+    Needs no package of theirs, and nothing that the file names is executed: see `TensorsOnly`.
+    Plain {name: tensor} files are read too. ValueError for anything else.
+    """
+    safe = SimpleNamespace(
+        Unpickler=TensorsOnly, load=lambda file, **options: TensorsOnly(file, **options).load(),
+        __name__="TensorsOnly",
+    )  # fmt: skip
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old files hold their source code: not ours, indeed
+            found = torch.load(path, map_location="cpu", weights_only=False, pickle_module=safe)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # anything can be in the file
+        raise ValueError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
+    weights = {}
+
+    def collect(node, prefix):
+        state = getattr(node, "state", {})
+        for name, value in (state.get("_parameters") or {}).items():
+            weights[prefix + name] = value.detach()
+        for name, child in (state.get("_modules") or {}).items():
+            collect(child, f"{prefix}{name}.")
+
+    if isinstance(found, dict):
+        weights = found
+    else:
+        collect(found, "")
+    return {k: v for k, v in weights.items() if not k.startswith("blocks.output.")}
 
 
 # ---- Inception: features for FID, classes for the Inception Score (Table 1) ----------------------
