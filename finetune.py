@@ -56,6 +56,7 @@ from train import (
     note_bad_images,
     open_data,
     parameter_groups,
+    read_any_weights,
     read_checkpoint,
     save_checkpoint,
     say,
@@ -127,17 +128,26 @@ def read_weights(args):
     """
     saved, weights = dict(model="base", image_size=224, patch_size=16), None
     if args.checkpoint != "none":
-        kind = "a checkpoint of train.py, finetune.py or a published MAE"
-        with torch.serialization.safe_globals([argparse.Namespace]):  # MAE saves its own: harmless
-            checkpoint = read_checkpoint(args.checkpoint, (), kind)
+        kind = "a checkpoint of train.py, finetune.py or a ViT-MAE of another project"
+        checkpoint = {}
+        if not args.checkpoint.endswith(".safetensors"):
+            with torch.serialization.safe_globals(
+                [argparse.Namespace]
+            ):  # see train.read_any_weights
+                checkpoint = read_checkpoint(args.checkpoint, (), kind)
         if args.eval != ("classifier" in checkpoint):
             what = "" if args.eval else ": --eval measures it, --resume continues it"
             fail(f"{args.checkpoint} is {'not ' * args.eval}a checkpoint of finetune.py{what}")
-        name = next((k for k in ("classifier", "mae", "model") if k in checkpoint), None)
-        weights = checkpoint.get(name)
-        if not isinstance(weights, dict) or (name != "model" and "arguments" not in checkpoint):
-            fail(f"{args.checkpoint} is not {kind} (it lacks mae, classifier or model)")
-        saved = checkpoint["arguments"] if name != "model" else published_sizes(weights, args)
+        own = next((k for k in ("classifier", "mae") if k in checkpoint), None)
+        if own and not (isinstance(checkpoint[own], dict) and "arguments" in checkpoint):
+            fail(f"{args.checkpoint} is not {kind} (it lacks arguments)")
+        if own:
+            saved, weights = checkpoint["arguments"], checkpoint[own]
+        else:
+            weights, left_out = read_any_weights(args.checkpoint, kind)
+            saved = published_sizes(weights, args)
+            if left_out:
+                say(f"{args.checkpoint}: left out {', '.join(left_out)}")
     for what in ("model", "patch_size"):
         given = getattr(args, what)
         if weights is not None and given not in (None, saved[what]):

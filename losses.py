@@ -26,9 +26,11 @@ def row(pixel="l1", features=None, adversary=None, weight=1.0, ada=False, path=F
     }
 
 
-# Each row is one loss of the paper's Tables 1 and 2:
+# Each row is one loss of the paper, Tables 1 to 3; vgg_p, for comparison, is the classic perceptual
+# loss (Johnson et al. 2016) in the form of eq. 7:
 #   pixel      what compares pixels: masked MSE (MAE's), MS-SSIM + L1 (eq. 2), or L1 (eq. 1)
-#   features   the loss network phi of eq. 3: None, or "disc", the discriminator itself
+#   features   the loss network phi of eq. 3: None; "disc", the discriminator itself; or a network
+#              with published weights, "dvae" (eq. 7) or "vgg"
 #   adversary  D of the least-squares pair (eq. 4 and 5): None, "conv", "msg" or "stylegan2"; the
 #              last two judge images at every scale
 #   weight     of the adversarial term, eq. 5, in eq. 6. DIFFERS: the paper's is 1 in every row;
@@ -48,6 +50,8 @@ LOSSES = {
     "stylegan2_ada_p": row(
         adversary="stylegan2", features="disc", weight=0.1, ada=True, path=True, arch="msg_mae"
     ),
+    "dvae_p": row(features="dvae"),
+    "vgg_p": row(features="vgg"),
 }
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -78,13 +78,19 @@ from model import (
     DISCRIMINATOR_WIDTHS,
     MAE_SIZES,
     AdaAugment,
+    DVAEEncoder,
     InceptionFeatures,
+    VGGFeatures,
     build_discriminator,
     build_mae,
+    encoder_weights,
+    from_others,
     imagenet_denormalize,
     imagenet_normalize,
     misfits,
     random_masking,
+    read_dvae,
+    to_hf,
     unpatchify,
 )
 
@@ -129,6 +135,11 @@ CURVES = {  # charts of curves.png: {title: {entry of the log: label}}, one unit
     "ADA's p": {"ada_p": ""},
     "PSNR where hidden, dB": {"psnr": "G", "psnr_mean_fill": "mean fill"},
     "SSIM where hidden": {"ssim": ""},
+}
+# Where the weights of loss networks are published.
+PUBLISHED = {
+    "dvae": "https://cdn.openai.com/dall-e/encoder.pkl",
+    "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
 }
 MAX_NONFINITE = 10  # non-finite losses in a row before the run stops
 
@@ -271,7 +282,8 @@ def build_run(args, device):
     """What trains: G and D with an optimiser and a gradient scaler each, device and precision.
 
     -> namespace of device, dtype (autocast's, None = float32), mae, opt_g, scaler_g, disc, opt_d,
-    scaler_d, ada; the last four are None for rows without an adversary, or without ADA.
+    scaler_d, ada, phi; those that a row does not have are None. phi: a loss network with published
+    weights; where D is phi, disc.
     """
     recipe = LOSSES[args.loss]
     dtype = choose_precision(args.amp, device)
@@ -297,7 +309,7 @@ def build_run(args, device):
     opt_g = torch.optim.AdamW(groups, betas=tuple(args.betas), fused=True)
     run = SimpleNamespace(
         device=device, dtype=dtype, mae=wrap(mae, device), opt_g=opt_g, scaler_g=scaler(),
-        disc=None, opt_d=None, scaler_d=None, ada=None,
+        disc=None, opt_d=None, scaler_d=None, ada=None, phi=open_loss_network(args, device),
     )  # fmt: skip
     if disc is not None:
         run.disc, run.scaler_d = wrap(disc, device), scaler()
@@ -308,6 +320,41 @@ def build_run(args, device):
             target=args.ada_target, ramp_images=args.ada_images, fixed_p=args.ada_p
         ).to(device)
     return run
+
+
+def open_loss_network(args, device):
+    """The frozen phi of dvae_p or vgg_p, with its published weights; None for other rows."""
+    kind = LOSSES[args.loss]["features"]
+    if kind not in ("dvae", "vgg"):
+        return None
+    phi, path = (DVAEEncoder(), args.dvae_weights) if kind == "dvae" else (
+        VGGFeatures(), args.vgg_weights
+    )  # fmt: skip
+    if args.benchmark and kind == "dvae" and path is None:
+        return phi.to(device)  # time does not depend on the weights
+    what = {"dvae": "OpenAI's dVAE encoder", "vgg": "torchvision's VGG-16"}[kind]
+    remedy = f"--{kind}-weights takes the file {PUBLISHED[kind]}"
+    try:
+        if path is None and kind == "dvae":
+            raise ValueError("no file given")
+        if path is None:
+            with first_of_a_node_first():
+                weights = torch.hub.load_state_dict_from_url(
+                    PUBLISHED[kind], map_location="cpu", check_hash=True, weights_only=True
+                )
+        elif kind == "dvae":
+            weights = read_dvae(path)
+        else:
+            weights = read_checkpoint(path, (), what)
+        if kind == "vgg":  # the classifier and the last convolutions are not needed
+            wanted = phi.state_dict()
+            weights = {k: v for k, v in weights.items() if k in wanted} or weights
+        if faults := misfits(phi, weights, most=3):
+            raise ValueError(faults)
+    except (ValueError, OSError, RuntimeError) as error:
+        fail(f"{path or args.loss}: not the weights of {what} ({error}); {remedy}")
+    phi.load_state_dict(weights)
+    return phi.to(device)
 
 
 def image_scales(args):
@@ -390,13 +437,12 @@ def pixel_loss(recipe, reconstructions, reals, mask, args):
     return sum(terms) / len(terms)
 
 
-def discriminator_terms(logits_fake, features_fake, features_real, features_active, args):
-    """What D tells G, each term with its weight: {name: scalar}. PAPER: the last two of eq. 6."""
-    terms = {"adversarial": args.adversarial_weight * lsgan_g_loss(logits_fake)}
-    if features_active:
-        terms["feature"] = args.delta_f * feature_loss(features_fake, features_real)
-        terms["style"] = args.delta_s * style_loss(features_fake, features_real)
-    return terms
+def feature_terms(features_fake, features_real, args):
+    """What the loss network tells G, eq. 3, each term with its weight: {name: scalar}."""
+    return {
+        "feature": args.delta_f * feature_loss(features_fake, features_real),
+        "style": args.delta_s * style_loss(features_fake, features_real),
+    }
 
 
 def backward(run, images, noise, seeds, features_active, share, args):
@@ -416,11 +462,19 @@ def backward(run, images, noise, seeds, features_active, share, args):
         reconstructions, mask = run.mae(images, args.mask_ratio, noise)
     reals = pyramid(images, len(reconstructions))
     pixel = args.pixel_weight * pixel_loss(recipe, reconstructions, reals, mask, args)
-    scaled_pixel = run.scaler_g.scale(pixel * share)
     if run.disc is None:
+        terms = {"pixel": pixel}
+        if run.phi is not None:
+            # PAPER: eq. 7. PAPER SILENT: of several scales, phi sees the finest alone.
+            with autocast(run):
+                features_fake = run.phi(reconstructions[0])
+                with torch.no_grad():
+                    features_real = run.phi(images)
+            terms |= feature_terms(features_fake, features_real, args)
+        objective = run.scaler_g.scale(sum(terms.values()) * share)
         untouched = [torch.zeros_like(r) for r in reconstructions]  # DDP wants every output used
-        torch.autograd.backward([scaled_pixel, *reconstructions], [None, *untouched])
-        return {"pixel": pixel.detach()}
+        torch.autograd.backward([objective, *reconstructions], [None, *untouched])
+        return {name: value.detach() for name, value in terms.items()}
 
     # D sees the reconstructions as leaves: its loss cannot reach G, and what G should change is
     # read off at the images.
@@ -431,11 +485,15 @@ def backward(run, images, noise, seeds, features_active, share, args):
         logits_fake, features_fake = run.disc(seen_fake)
 
     # G: from each term through D to the images (D's parameters get nothing), then through the MAE.
-    terms = discriminator_terms(logits_fake, features_fake, features_real, features_active, args)
+    # PAPER: the last two terms of eq. 6.
+    terms = {"adversarial": args.adversarial_weight * lsgan_g_loss(logits_fake)}
+    if features_active:
+        terms |= feature_terms(features_fake, features_real, args)
     objective = run.scaler_g.scale(sum(terms.values()) * share)
     at_images = torch.autograd.grad(
         objective, fakes, retain_graph=True, allow_unused=True, materialize_grads=True
     )
+    scaled_pixel = run.scaler_g.scale(pixel * share)
     torch.autograd.backward([scaled_pixel, *reconstructions], [None, *at_images])
 
     # D: from its own loss to its parameters.
@@ -570,7 +628,7 @@ def stateful(run):
     return {
         name: unwrap(part) if isinstance(part, torch.nn.Module) else part
         for name, part in vars(run).items()
-        if hasattr(part, "state_dict")
+        if hasattr(part, "state_dict") and name != "phi"  # frozen, and published
     }
 
 
@@ -621,6 +679,87 @@ def load_whole(network, weights, path):
     if faults := misfits(network, weights):
         fail(f"{path} does not fit, nothing was loaded; {faults}")
     network.load_state_dict(weights)
+
+
+def read_any_weights(path, kind):
+    """A file of weights, ours or of another project -> ({name as ours: tensor}, [names left out]).
+
+    kind: what to say that the file is not.
+    """
+    if str(path).endswith(".safetensors"):
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            fail(f"{path} needs the package safetensors: pip install safetensors")
+        try:
+            weights = load_file(path)
+        except Exception as error:  # anything can be in the file
+            fail(f"{path} is not {kind} ({error})")
+    else:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # MAE saves its own: harmless
+            weights = read_checkpoint(path, (), kind)
+        for name in ("mae", "model", "state_dict"):
+            weights = weights[name] if isinstance(weights.get(name), dict) else weights
+    weights = {k: v for k, v in weights.items() if isinstance(v, torch.Tensor)}
+    if not weights:
+        fail(f"{path} is not {kind} (it holds no tensors)")
+    return from_others(weights)
+
+
+def initialise(mae, args):
+    """--init: an autoencoder's encoder, and its decoder where the file has one; says what it took.
+
+    All of the encoder must be there, and all of the decoder or nothing; the skips and scales of
+    MSG-MAE, which other projects do not have, may be missing. Positions are resized.
+    """
+    weights, left_out = read_any_weights(args.init, "a file of ViT-MAE weights")
+    expected = mae.state_dict()
+    decoder = {k: v for k, v in weights.items() if k.startswith(("decoder_", "mask_token"))}
+    if "decoder_pos_embed" in decoder:  # fixed
+        decoder["decoder_pos_embed"] = expected["decoder_pos_embed"]
+    try:
+        encoder = encoder_weights(weights, mae.side)
+    except (ValueError, RuntimeError) as error:
+        fail(f"{args.init} has positions that cannot be resized: {error}")
+    fresh = [k for k in expected if k not in decoder and k.startswith(
+        ("decoder_fuse", "decoder_rgb") if decoder else ("decoder_", "mask_token")
+    )]  # fmt: skip
+    load_whole(mae, encoder | decoder | {k: expected[k] for k in fresh}, args.init)
+    say(f"--init {args.init}: took {len(encoder)} tensors of the encoder and {len(decoder)} of the "
+        f"decoder; left out: {', '.join(left_out) or 'none'}; new: "
+        f"{', '.join(sorted({k.split('.')[0] for k in fresh})) or 'none'}")  # fmt: skip
+
+
+def export(args):
+    """--export FILE: write --resume's weights by the names of --format; says what it left out."""
+    if args.resume in (["auto"], ["off"]) or len(args.resume) > 1:
+        fail("--export writes one checkpoint's weights; name it: --resume runs/LOSS/checkpoint.pt")
+    path = Path(args.export)
+    weights = read_checkpoint(args.resume[0])["mae"]
+    encoder = {k: v for k, v in weights.items() if not k.startswith(("decoder_", "mask_token"))}
+    plain = not any(k.startswith(("decoder_fuse", "decoder_rgb")) for k in weights)
+    if args.format == "hf":
+        try:
+            written = to_hf(weights)
+        except ValueError as error:
+            fail(f"{args.resume[0]} cannot be written as hf: {error}; --format timm and mae write "
+                 "the encoder")  # fmt: skip
+    else:
+        written = weights if plain and args.format == "mae" else encoder
+    written = {k: v.contiguous() for k, v in written.items()}
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            save_file(written, path)
+        else:
+            torch.save({"model": written} if args.format == "mae" else written, path)
+    except ImportError:
+        fail(f"--export {path} needs the package safetensors: pip install safetensors")
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror or error}")
+    rest = 0 if args.format == "hf" else len(weights) - len(written)
+    say(f"wrote {path}: {len(written)} tensors; left out: {rest} of the decoder")
 
 
 def resume(args, run, path, layout, must_fit=ARGUMENTS_THAT_MUST_FIT, script="train.py"):
@@ -694,12 +833,14 @@ def progress_bar(sampler, args):
 
 
 def features_active(args, epoch):
-    """Are the terms on D's features on? PAPER: sec. 4, "only on even numbered epochs".
+    """Are the terms of eq. 3 on? PAPER: sec. 4, "only on even numbered epochs".
 
     PAPER SILENT: the first epoch's number (here 1), and whether "the perceptual loss term" includes
-    the adversarial one (here not).
+    the adversarial one (here not); also whether it is meant for eq. 7, whose loss network needs no
+    time to learn (here not: dvae_p and vgg_p have it in every epoch).
     """
-    return LOSSES[args.loss]["features"] == "disc" and epoch % args.feature_every == 0
+    phi = LOSSES[args.loss]["features"]
+    return phi in ("dvae", "vgg") or (phi == "disc" and epoch % args.feature_every == 0)
 
 
 # ---- Validation and pictures ---------------------------------------------------------------------
@@ -1301,6 +1442,17 @@ def build_parser():
         "--norm-pix-loss", action=flag, default=False, help="normalise each target patch; mse only"
     )
 
+    g.add_argument(
+        "--init",
+        metavar="FILE",
+        help="start from the encoder, and the decoder if there is one, of a checkpoint, of a "
+        "published MAE, or of timm's or Hugging Face's",
+    )
+    g.add_argument("--export", metavar="FILE", help="write --resume's weights; no training")
+    g.add_argument(
+        "--format", choices=["mae", "timm", "hf"], default="mae", help="whose names --export takes"
+    )
+
     g = parser.add_argument_group("data")
     g.add_argument("--data", default="data/imagenet", help="folder of images, shapes, or cifar10")
     g.add_argument("--limit-images", type=at_least(1), help="train on so many, a seeded choice")
@@ -1325,6 +1477,12 @@ def build_parser():
         help="scales of the pixel term, where there are several",
     )
     g.add_argument("--alpha", type=at_least(0, float), default=0.85, help="SSIM against L1, eq. 2")
+    g.add_argument(
+        "--dvae-weights", metavar="FILE", help="OpenAI's encoder.pkl as published; for dvae_p"
+    )
+    g.add_argument(
+        "--vgg-weights", metavar="FILE", help="torchvision's vgg16; None = download; for vgg_p"
+    )
     g.add_argument("--delta-f", type=at_least(0, float), default=0.05, help="feature term, eq. 3")
     g.add_argument("--delta-s", type=at_least(0, float), default=40.0, help="style term, eq. 3")
     g.add_argument(
@@ -1463,6 +1621,8 @@ def images_per_step(args):
 def pretrain(args, device, rank, world):
     """Train the row that args name -> the signal that stopped it, or 0."""
     run = build_run(args, device)
+    if args.init:
+        initialise(unwrap(run.mae), args)
     train_set, val_set = build_data(args)
     val = fixed_batch(val_set, rank, world)
 
@@ -1483,6 +1643,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.loss == "all":
         return benchmark_all(sys.argv[1:] if argv is None else argv)
+    if args.export:
+        return export(args)
     device, rank, world = start_processes()
     stopped = 0
     if args.benchmark:
