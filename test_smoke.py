@@ -5,7 +5,9 @@ computation, never from the code under test.
 """
 
 import argparse
+import atexit
 import contextlib
+import functools
 import io
 import json
 import math
@@ -18,7 +20,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -54,6 +56,10 @@ TINY = ["--model", "tiny", "--image-size", "32", "--patch-size", "8", "--data", 
 FAST = [*TINY, "--batch-size", "4", "--val-images", "4", "--workers", "0", "--lr", "1e-3"]
 
 
+# In tests the dVAE has a sixteenth of its width.
+train.DVAEEncoder = functools.partial(model.DVAEEncoder, width=16)
+
+
 # ---- Helpers -------------------------------------------------------------------------------------
 
 
@@ -64,9 +70,24 @@ def close(a, b, tolerance):
     assert difference <= tolerance, f"differs by {difference}, allowed {tolerance}"
 
 
+@functools.cache
+def loss_network_flags():
+    """Flags that name stand-in files for the published weights of loss networks."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vgg = model.VGGFeatures()
+        for name, network in (("dvae", train.DVAEEncoder()), ("vgg", vgg)):
+            for p in network.parameters():
+                torch.nn.init.normal_(p, std=1.4 * (p[0].numel() or 1) ** -0.5 if p.ndim > 1 else 0)
+            torch.save(network.state_dict(), f"{folder.name}/{name}.pth")
+    return [f"--{n}-weights={folder.name}/{n}.pth" for n in ("dvae", "vgg")]
+
+
 def tiny_run(*flags):
     """A training run without data: (run, args), small enough for a test."""
-    args = train.parse_args([*TINY, "--out", "unused", *flags])
+    args = train.parse_args([*TINY, "--out", "unused", *loss_network_flags(), *flags])
     return train.build_run(args, torch.device("cpu")), args
 
 
@@ -1124,6 +1145,8 @@ def naive_objective(run, args, images, noise, seeds):
     fakes, mask = run.mae(images, args.mask_ratio, noise)
     reals = [F.avg_pool2d(images, 2**i) if i else images for i in range(len(fakes))]
     total = train.pixel_loss(recipe, fakes, reals, mask, args)
+    if run.phi is not None:  # eq. 7
+        total = total + losses.feature_style_loss(run.phi(fakes[0]), run.phi(images))
     if run.disc is None:
         return total, None
     if recipe["ada"]:
@@ -1158,6 +1181,155 @@ def test_every_row_gives_g_the_gradient_of_eq_6_and_d_that_of_eq_4():
             close(direct, wanted_d, 1e-4 * wanted_d.abs().max().item())
 
 
+def test_published_loss_networks_stay_as_they_are_and_out_of_checkpoints():
+    for loss in ("dvae_p", "vgg_p"):
+        run, args = tiny_run("--loss", loss)
+        before = torch.cat([p.flatten() for p in run.phi.parameters()])
+        train.backward(run, *tiny_batch(), True, 1.0, args)
+        train.update(run, apply=True)
+        assert all(p.grad is None for p in run.phi.parameters())
+        assert torch.equal(before, torch.cat([p.flatten() for p in run.phi.parameters()]))
+        assert "phi" not in train.stateful(run)
+
+
+def slow_dvae(weights, images):
+    """The dVAE's encoder written out: its four groups' outputs."""
+
+    def conv(name, x, pad):
+        return F.conv2d(x, weights[f"blocks.{name}.w"], weights[f"blocks.{name}.b"], padding=pad)
+
+    x, outputs = conv("input", images * 0.8 + 0.1, 3), []
+    for group in (1, 2, 3, 4):
+        for block in (1, 2):
+            name = f"group_{group}.block_{block}"
+            wide = group > 1 and block == 1
+            y = x
+            for n in (1, 2, 3, 4):
+                y = conv(f"{name}.res_path.conv_{n}", y.clamp(min=0), 1 if n < 4 else 0)
+            x = (conv(f"{name}.id_path", x, 0) if wide else x) + y / 64
+        if group < 4:
+            B, C, H, W = x.shape
+            x = x.view(B, C, H // 2, 2, W // 2, 2).amax((3, 5))
+        outputs.append(x)
+    return outputs
+
+
+def test_dvae_features_equal_a_slow_implementation_and_it_has_the_published_sizes():
+    torch.manual_seed(0)
+    dvae = model.DVAEEncoder(width=16)
+    images = torch.rand(2, 3, 32, 32)
+    for fast, slow in zip(dvae(images), slow_dvae(dvae.state_dict(), images), strict=True):
+        close(fast, slow, 1e-5)
+    with torch.device("meta"):
+        published = model.DVAEEncoder()
+    assert len(published.state_dict()) == 72  # of 74, the last layer's left out
+    count = sum(p.numel() for p in published.parameters())
+    assert round((count + 2048 * 8192 + 8192) / 1e5) == 538  # 53.8 million with it
+
+
+def test_vgg_features_are_the_four_layers_of_johnson():
+    torch.manual_seed(0)
+    vgg = model.VGGFeatures()
+    images = torch.rand(1, 3, 32, 32)
+    weights, x, wanted = vgg.state_dict(), model.imagenet_normalize(images), []
+    layers = iter(sorted({int(k.split(".")[1]) for k in weights}))
+    for count in (2, 2, 3, 3):  # convolutions of a group, then pooling
+        for _ in range(count):
+            n = next(layers)
+            x = F.conv2d(
+                x, weights[f"features.{n}.weight"], weights[f"features.{n}.bias"], padding=1
+            )
+            x = x.clamp(min=0)
+        wanted.append(x)
+        x = F.max_pool2d(x, 2)
+    for fast, slow in zip(vgg(images), wanted, strict=True):
+        close(fast, slow, 1e-5)
+
+
+class Evil:
+    """Pickles into a request to create a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+def test_a_pickled_dvae_gives_its_weights_without_its_code():
+    # A look-alike of OpenAI's file: a whole module whose classes are known here while it is
+    # written, and nowhere while it is read.
+    names = ("dall_e", "dall_e.encoder", "dall_e.utils")
+    for name in names:
+        sys.modules[name] = ModuleType(name)
+    try:
+        for place, kind in (
+            ("encoder", "Encoder"),
+            ("encoder", "EncoderBlock"),
+            ("utils", "Conv2d"),
+        ):
+            module = f"dall_e.{place}"
+            made = type(kind, (torch.nn.Module,), {"__module__": module})
+            setattr(sys.modules[module], kind, made)
+        torch.manual_seed(0)
+        dvae = model.DVAEEncoder(width=16)
+
+        def disguised(node):
+            kind = {"DVAEEncoder": "Encoder", "DVAEBlock": "EncoderBlock"}.get(type(node).__name__)
+            made = torch.nn.Sequential()
+            if kind or isinstance(node, model.DVAEConv):
+                made = getattr(sys.modules["dall_e.encoder" if kind else "dall_e.utils"],
+                               kind or "Conv2d")()  # fmt: skip
+            for name, parameter in node.named_parameters(recurse=False):
+                made.register_parameter(name, parameter)
+            for name, child in node.named_children():
+                made.add_module(name, disguised(child))
+            made.device = torch.device("cpu")
+            return made
+
+        whole = disguised(dvae)
+        whole.blocks.output = torch.nn.Linear(2, 2)
+        with tempfile.TemporaryDirectory() as folder:
+            for new in (True, False):
+                torch.save(whole, f"{folder}/{new}.pkl", _use_new_zipfile_serialization=new)
+            for name in names:
+                del sys.modules[name]
+            for new in (True, False):
+                weights = model.read_dvae(f"{folder}/{new}.pkl")
+                assert model.misfits(dvae, weights) == ""
+                assert all(torch.equal(weights[k], v) for k, v in dvae.state_dict().items())
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+def test_no_loader_executes_what_a_file_asks_for():
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        touched = root / "touched"
+        for new in (True, False):
+            evil = {"model": Evil(touched), "mae": Evil(touched), "fc.bias": Evil(touched)}
+            torch.save(evil, root / "evil.pt", _use_new_zipfile_serialization=new)
+            bad = root / "evil.pt"
+            fast = [*FAST, "--out", root / "run", "--epochs", 1]
+            refused(*fast, "--resume", bad, names=["evil.pt", "not a checkpoint"])
+            refused(*fast, "--init", bad, names=["evil.pt", "ViT-MAE"])
+            refused(*fast, "--loss", "dvae_p", "--dvae-weights", bad, names=["evil.pt", "dVAE"])
+            refused(*fast, "--loss", "vgg_p", "--vgg-weights", bad, names=["evil.pt", "VGG"])
+            refused("--export", root / "x.pt", "--resume", bad, names=["evil.pt"])
+            refused("--eval", "--resume", bad, "--data", "shapes", names=["evil.pt"])
+            for task in (["--task", "knn"], ["--eval"]):
+                given = ["--checkpoint", bad, "--data", "shapes", *task]
+                refused(*given, names=["evil.pt"], script=finetune)
+        assert command(*fast, "--limit-images", 4)[0] == 0
+        own = root / "run" / "checkpoint.pt"
+        given = ["--eval", "--resume", own, "--data", "shapes", "--inception-weights", bad]
+        refused(*given, names=["evil.pt", "Inception"])
+        assert not touched.exists()
+        pickle.loads(pickle.dumps(Evil(touched)))
+        assert touched.exists()  # it would have been
+
+
 def test_d_loss_leaves_g_without_gradient():
     run, args = tiny_run("--loss", "ls_gan", "--pixel-weight", "0", "--adversarial-weight", "0")
     train.backward(run, *tiny_batch(), False, 1.0, args)
@@ -1174,9 +1346,12 @@ def test_perceptual_term_alone_reaches_the_first_encoder_block():
             train.backward(run, *batch, True, 1.0, args)
             assert run.mae.blocks[0].attn.qkv.weight.grad.abs().max() > 0, (loss, kept)
             assert run.mae.patch_embed.proj.weight.grad.abs().max() > 0, (loss, kept)
-        run, args = tiny_run("--loss", loss, *off)  # an odd epoch: nothing is left
-        train.backward(run, *batch, False, 1.0, args)
-        assert gradients(run.mae).abs().max() == 0
+        run, args = tiny_run("--loss", loss, *off)
+        odd = train.features_active(args, epoch=1)
+        assert odd == (loss in ("dvae_p", "vgg_p")) and train.features_active(args, epoch=2)
+        if not odd:  # nothing is left
+            train.backward(run, *batch, False, 1.0, args)
+            assert gradients(run.mae).abs().max() == 0
 
 
 def test_perceptual_term_reaches_the_first_encoder_block_through_every_scale():
@@ -1711,6 +1886,7 @@ def test_every_row_stopped_in_mid_epoch_continues_bit_for_bit():
     for loss in losses.LOSSES:
         with tempfile.TemporaryDirectory() as folder:
             flags = [*FAST, "--loss", loss, "--limit-images", 16, "--epochs", 2]
+            flags += loss_network_flags()
             assert command(*flags, "--out", folder + "/once")[0] == 0
             assert command(*flags, "--out", folder + "/twice", "--steps", 6)[0] == 0  # of 8
             assert command(*flags, "--out", folder + "/twice")[0] == 0
@@ -2010,6 +2186,108 @@ def test_two_processes_give_the_gradients_of_one_for_every_row():
         for expected, first, second in zip(state, parts[0][row][1], parts[1][row][1], strict=True):
             assert torch.equal(first, second), row
             close(first, expected, 1e-5)
+
+
+# ---- Weights in and out --------------------------------------------------------------------------
+
+
+def test_weights_have_the_names_of_other_projects():
+    torch.manual_seed(0)
+    mae = model.build_mae("tiny", 32, 8)
+    ours = mae.state_dict()
+    theirs = model.to_hf(ours)
+    qkv = ours["blocks.3.attn.qkv.bias"]
+    layer = "vit.encoder.layer.3.attention.attention"
+    expected = {
+        "vit.embeddings.cls_token": ours["cls_token"],
+        "vit.embeddings.patch_embeddings.projection.weight": ours["patch_embed.proj.weight"],
+        f"{layer}.query.bias": qkv[:192],
+        f"{layer}.key.bias": qkv[192:384],
+        f"{layer}.value.bias": qkv[384:],
+        "vit.encoder.layer.5.output.dense.weight": ours["blocks.5.mlp.fc2.weight"],
+        "vit.layernorm.weight": ours["norm.weight"],
+        "decoder.mask_token": ours["mask_token"],
+        "decoder.decoder_layers.0.attention.output.dense.bias":
+            ours["decoder_blocks.0.attn.proj.bias"],
+        "decoder.decoder_layers.3.layernorm_before.weight": ours["decoder_blocks.3.norm1.weight"],
+        "decoder.decoder_pred.bias": ours["decoder_pred.bias"],
+    }  # fmt: skip
+    assert all(torch.equal(theirs[k], v) for k, v in expected.items())
+    assert len(theirs) == len(ours) + 4 * (6 + 4)  # query, key and value apart in ten blocks
+    newer = {  # transformers 5
+        k.replace("vit.encoder.layer.", "vit.layers.")
+        .replace("attention.attention.query", "attention.q_proj")
+        .replace("attention.attention.key", "attention.k_proj")
+        .replace("attention.attention.value", "attention.v_proj")
+        .replace("attention.output.dense", "attention.o_proj")
+        .replace("intermediate.dense", "mlp.fc1")
+        .replace("output.dense", "mlp.fc2"): v
+        for k, v in theirs.items()
+    }
+    for names in (theirs, newer, ours):
+        back, left_out = model.from_others(names)
+        assert model.misfits(mae, back) == "" and left_out == []
+        assert all(torch.equal(back[k], v) for k, v in ours.items())
+    encoder = {k.removeprefix("vit."): v for k, v in theirs.items() if k.startswith("vit.")}
+    back, _ = model.from_others(encoder)  # transformers' ViTMAEModel
+    assert len(back) == 78 and torch.equal(back["norm.bias"], ours["norm.bias"])
+    timm = {"head.weight": torch.zeros(5, 192), "fc_norm.weight": torch.ones(192), **ours}
+    back, left_out = model.from_others(timm)
+    assert left_out == ["head.weight"] and "unexpected: fc_norm.weight" in model.misfits(mae, back)
+
+
+def test_exported_weights_start_other_runs():
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        small = [*FAST, "--limit-images", 4, "--epochs", 1]
+        assert command(*small, "--out", root / "mse")[0] == 0
+        source = root / "mse" / "checkpoint.pt"
+        ours = torch.load(source, weights_only=True)["mae"]
+        for kind, kept in (("mae", 134), ("timm", 78), ("hf", 174)):
+            file = root / f"{kind}.pt"
+            assert command("--export", file, "--format", kind, "--resume", source)[0] == 0
+            written = torch.load(file, weights_only=True)
+            assert len(written["model"] if kind == "mae" else written) == kept
+            run, args = tiny_run("--loss", "msg_gan", "--init", str(file), "--seed", "1")
+            fresh = {k: v.clone() for k, v in run.mae.state_dict().items()}
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
+                train.initialise(run.mae, args)
+            for name, value in run.mae.state_dict().items():
+                other = name.startswith(("decoder_fuse", "decoder_rgb"))
+                other |= kind == "timm" and name.startswith(("decoder_", "mask_token"))
+                assert torch.equal(value, fresh[name] if other else ours[name]), (kind, name)
+            assert "took 78 tensors of the encoder" in output.getvalue(), output.getvalue()
+            given = ["--checkpoint", file, "--task", "knn", *PROBE, "--limit-images", 20]
+            status, errors = command(*given, "--out", root / "knn", script=finetune)
+            assert status == 0, errors
+        half = {k: v for k, v in ours.items() if not k.startswith("decoder_norm")}
+        torch.save(half, root / "half.pt")
+        fast = [*small, "--out", root / "next"]
+        refused(
+            *fast, "--init", root / "half.pt", names=["half.pt", "missing: decoder_norm.weight"]
+        )
+        torch.save(ours | {"surplus": torch.zeros(1)}, root / "more.pt")
+        refused(*fast, "--init", root / "more.pt", names=["more.pt", "unexpected: surplus"])
+        refused(*fast, "--init", root / "no.pt", names=["no.pt", "does not exist"])
+        torch.save([1, 2], root / "list.pt")
+        refused(*fast, "--init", root / "list.pt", names=["list.pt", "not a file of ViT-MAE"])
+        assert command(*small, "--loss", "msg_gan", "--init", source, "--out", root / "msg")[0] == 0
+        msg = root / "msg" / "checkpoint.pt"
+        refused("--export", root / "x.pt", "--format", "hf", "--resume", msg, names=["decoder_rgb"])
+        refused("--export", root / "x.pt", names=["--resume"])
+        refused(
+            "--export", root / "no" / "x.pt", "--resume", msg, names=["no/x.pt", "cannot write"]
+        )
+        with mock.patch.dict(sys.modules, {"safetensors": None, "safetensors.torch": None}):
+            names = ["pip install safetensors"]
+            refused("--export", root / "x.safetensors", "--resume", msg, names=names)
+            refused(*fast, "--init", root / "x.safetensors", names=names)
+        refused(*fast, "--loss", "dvae_p", names=["dvae_p", "--dvae-weights", "encoder.pkl"])
+        dvae = loss_network_flags()[0].split("=")[1]
+        refused(*fast, "--loss", "vgg_p", "--vgg-weights", dvae, names=["VGG-16", "features.0"])
+        vgg = loss_network_flags()[1].split("=")[1]
+        refused(*fast, "--loss", "dvae_p", "--dvae-weights", vgg, names=["dVAE", "blocks.input.w"])
 
 
 # ---- Fine-tuning ---------------------------------------------------------------------------------

@@ -747,17 +747,19 @@ def export(args):
     else:
         written = weights if plain and args.format == "mae" else encoder
     written = {k: v.contiguous() for k, v in written.items()}
+    content = {"model": written} if args.format == "mae" else written
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import save_file
+            from safetensors.torch import save
 
-            save_file(written, path)
+            path.write_bytes(save(written))
         else:
-            torch.save({"model": written} if args.format == "mae" else written, path)
+            with open(path, "wb") as file:
+                torch.save(content, file)
     except ImportError:
         fail(f"--export {path} needs the package safetensors: pip install safetensors")
     except OSError as error:
-        fail(f"cannot write {path}: {error.strerror or error}")
+        fail(f"cannot write {path}: {error.strerror}")
     rest = 0 if args.format == "hf" else len(weights) - len(written)
     say(f"wrote {path}: {len(written)} tensors; left out: {rest} of the decoder")
 
