@@ -485,7 +485,9 @@ class Classifier(nn.Module):
         return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)
 
     def forward(self, images):
-        return self.head(self.standardize(self.features(images)))
+        x = self.standardize(self.features(images))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(x.float())  # half precision would tie logits that differ by a 16th
 
     def layers(self):
         """Parameters from input to output, [[embedding], [block 1], ..., [norm, head]]."""

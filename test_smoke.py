@@ -2109,6 +2109,25 @@ def test_a_probe_trains_its_head_alone():
     changed = {k for k, v in run.classifier.state_dict().items() if not torch.equal(v, before[k])}
     statistics = {"standardize.running_mean", "standardize.running_var"}
     assert changed == statistics | {"head.weight", "head.bias"}
+    flags = ["--task", "linear", "--data", "shapes", "--batch-size", 1]
+    refused(*RANDOM, *flags, names=["--batch-size 1", "normalisation"], script=finetune)
+
+
+def test_logits_are_float32_under_autocast():
+    for task in ("linear", "finetune"):
+        network = probe_run("--task", task)[0].classifier
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden, logits = network.encoder.blocks[0].attn.qkv, network(tiny_batch()[0])
+            assert hidden(torch.rand(1, 192)).dtype == torch.bfloat16
+        assert logits.dtype == torch.float32
+
+
+def test_a_run_may_go_on_with_mixup_and_cutmix_turned_on():
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [*RANDOM, *PROBE, "--task", "finetune", "--limit-images", 16, "--out", folder]
+        off = ["--mixup", 0, "--cutmix", 0]
+        assert command(*flags, *off, "--epochs", 1, script=finetune)[0] == 0
+        assert command(*flags, "--epochs", 2, script=finetune) == (0, "")
 
 
 def test_pooling_takes_cls_or_the_mean_patch():
@@ -2241,12 +2260,21 @@ def test_knn_votes_equal_a_slow_loop():
     scores = finetune.knn_scores(queries, bank, labels, classes=3, k=5, temperature=0.1)
     for q in range(3):
         nearest = sorted(range(20), key=lambda i: -float(queries[q] @ bank[i]))[:5]
-        votes = [0.0] * 3
+        votes, most = [0.0] * 3, float(queries[q] @ bank[nearest[0]])
         for i in nearest:
-            votes[labels[i]] += math.exp((float(queries[q] @ bank[i]) - 1) / 0.1)
-        close(scores[q], torch.tensor(votes), 1e-5)
+            votes[labels[i]] += math.exp((float(queries[q] @ bank[i]) - most) / 0.1)
+        votes = torch.tensor(votes)
+        close(scores[q][votes > 0], votes[votes > 0], 1e-5)
+        assert (scores[q][votes == 0] == -math.inf).all()
     few = finetune.knn_scores(queries, bank[:2], labels[:2], classes=3, k=5, temperature=0.1)
     assert few.shape == (3, 3)  # fewer images than k: all of them vote
+    # The nearest alone votes, however small the temperature; other classes are no guesses at all.
+    one = finetune.knn_scores(queries, bank, labels, classes=3, k=1, temperature=1e-4)
+    nearest = labels[(queries @ bank.T).argmax(dim=1)]
+    right = finetune.count_correct(one, nearest)
+    wrong = finetune.count_correct(one, (nearest + 1) % 3)
+    assert [int(right[k]) for k in ("top1", "top5")] == [3, 3]
+    assert [int(wrong[k]) for k in ("top1", "top5")] == [0, 0]
 
 
 def test_every_kind_of_autoencoder_and_published_files_load_as_they_were():
