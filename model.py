@@ -1063,6 +1063,9 @@ class InceptionFeatures(nn.Module):
             raise ValueError(f"fc.bias has {classes} classes, not 1008 (published) or 1000")
         weights = {k: v for k, v in weights.items() if not k.startswith("AuxLogits")}
         network = inception_v3(num_classes=classes, aux_logits=False, init_weights=False)
+        # Older files do not count batches; the count is of no use in evaluation.
+        counters = {k: v for k, v in network.state_dict().items() if "num_batches_tracked" in k}
+        weights = counters | weights
         if faults := misfits(network, weights, most=3):
             raise ValueError(faults)
         network.load_state_dict(weights)

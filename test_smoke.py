@@ -419,7 +419,12 @@ def test_inception_pools_as_the_published_network_and_otherwise_is_torchvisions(
         close(logits, network.eval()(2 * images - 1), 1e-5)
         assert features.shape == (1, 2048)
 
+    # torchvision's file: no batch counters, and the auxiliary classifier is in it.
+    bare = {k: v for k, v in weights.items() if "num_batches" not in k}
+    assert not model.InceptionFeatures(bare | {"AuxLogits.fc.bias": torch.zeros(1)}).published
+
     published = model.InceptionFeatures(stand_in(1008)).train()
+    assert published.published
     assert not published.network.training
     with torch.no_grad():
         x = torch.rand(1, 192, 5, 5)
@@ -1704,7 +1709,7 @@ def test_a_run_logs_each_epoch_once_and_even_epochs_have_feature_terms():
         for field in ("lr", "pixel", "adversarial", "d_accuracy_real", "images_per_second"):
             assert field in rows[0], field
         pictures = sorted(p.name for p in (Path(out) / "pictures").iterdir())
-        assert pictures == ["epoch_0001.png", "epoch_0002.png", "epoch_0004.png"]
+        assert pictures == ["curves.png", *(f"epoch_000{n}.png" for n in (1, 2, 4))]
 
 
 def test_every_row_stopped_in_mid_epoch_continues_bit_for_bit():
@@ -1791,7 +1796,29 @@ def test_eval_measures_checkpoints_and_two_processes_do_as_one():
         assert command(*FAST, "--image-size", 64, "--limit-images", 4, "--epochs", 1, "--out",
                        root / "large")[0] == 0  # fmt: skip
         large = root / "large" / "checkpoint.pt"
-        refused("--eval", "--resume", both[0], large, "--data", "shapes", names=["image size 64"])
+        shapes = ["--data", "shapes"]
+        refused("--eval", "--resume", both[0], large, *shapes, names=["image-size 64", "apart"])
+        refused(*alone, "--mask-ratio", 0.5, names=["--mask-ratio 0.75, not 0.5"])
+
+
+def test_an_evaluation_takes_the_images_that_training_held_out():
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_folder(root / "photos", count=20)  # 40 images, 8 of them held out
+        given = ["--eval", "--data", root / "photos", "--workers", 0, "--inception-weights", "none"]
+        for seed in (1, 2):
+            flags = [*FAST, "--data", root / "photos", "--out", root / str(seed), "--epochs", 1]
+            assert command(*flags, "--seed", seed, "--val-images", 8)[0] == 0
+        one, two = (root / str(seed) / "checkpoint.pt" for seed in (1, 2))
+        assert command(*given, "--resume", one)[0] == 0
+        found = json.loads((root / "1" / "eval.json").read_text())
+        log = json.loads((root / "1" / "log.jsonl").read_text())
+        assert found["images"] == 8 and found["seed"] == 1
+        close(found["results"]["mse"]["psnr_full"], log["psnr_full"], 1e-3)
+        refused(*given, "--resume", one, two, names=["different images", "val"])
+        with open(root / "1" / "log.jsonl", "a") as log:
+            log.write('{"epoch": 2, "ps')  # a full disk
+        assert command(*given, "--resume", one)[0] == 0
 
 
 def test_unreadable_images_are_left_out_of_an_evaluation():
