@@ -381,6 +381,8 @@ class Shapes(Dataset):
 class Folder(Dataset):
     """Image files on disk. `folder[i]` is (PIL image, label); the image is opened, not decoded."""
 
+    held_out = False  # is it one part of a folder that was split here?
+
     def __init__(self, files, targets, classes):
         self.files, self.targets, self.classes = files, targets, classes
 
@@ -430,7 +432,9 @@ def hold_out(source, seed):
     def part(indices):
         indices = sorted(indices)
         files, targets = [source.files[i] for i in indices], [source.targets[i] for i in indices]
-        return Folder(files, targets, source.classes)
+        folder = Folder(files, targets, source.classes)
+        folder.held_out = True
+        return folder
 
     return part(order[count:]), part(order[:count])
 
@@ -778,6 +782,8 @@ def save_curves(path, rows, panels, across=3):
         for title, names in panels.items()
     }
     panels = {title: lines for title, lines in panels.items() if lines}
+    if not panels:
+        return
     fine, width, height = 3, 300, 190  # drawn at three times the size, then averaged: no jaggies
     down = math.ceil(len(panels) / across)
     canvas = Image.new("RGB", (width * across * fine, height * down * fine), "white")

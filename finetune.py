@@ -111,6 +111,8 @@ ARGUMENTS_THAT_MUST_FIT = (
     "pool",
     "fraction",
     "shots",
+    "limit_images",
+    "val_images",
     "layer_decay",
     "seed",
     "classes",
@@ -255,7 +257,7 @@ def build_mix(args, classes):
         mixes.append(v2.MixUp(alpha=args.mixup, num_classes=classes))
     if args.cutmix:
         mixes.append(v2.CutMix(alpha=args.cutmix, num_classes=classes))
-    return v2.RandomChoice(mixes) if mixes else None
+    return v2.RandomChoice(mixes).forward if mixes else None  # not a module: nothing to save
 
 
 def set_learning_rates(run, progress, steps_per_epoch, args):
@@ -311,10 +313,10 @@ def update(run, apply):
 def count_correct(scores, labels):
     """-> {"top1", "top5": how many labels are among the highest scores; "images": how many count}.
 
-    scores: (B, classes). labels: (B,), -1 = does not count.
+    scores: (B, classes), -inf = not even a guess. labels: (B,), -1 = does not count.
     """
-    best = scores.topk(min(5, scores.shape[1]), dim=1).indices
-    hits = best == labels[:, None]  # (B, 5)
+    best = scores.topk(min(5, scores.shape[1]), dim=1)
+    hits = (best.indices == labels[:, None]) & best.values.isfinite()  # (B, 5)
     return {"top1": hits[:, 0].sum(), "top5": hits.sum(), "images": (labels >= 0).sum()}
 
 
@@ -388,6 +390,8 @@ def extract(run, dataset, args):
 def knn_scores(queries, bank, bank_labels, *, classes, k, temperature):
     """Votes of the k training images most alike, each weighing exp(cosine / temperature).
 
+    The weights are relative to the most alike one's; classes without a vote get -inf.
+
     queries: (Q, C), the same on every process. bank: (n, C) and bank_labels (n,), this process's
     part of the training set. All of unit length. Returns (Q, classes), over all processes' parts.
     Wu et al. 2018.
@@ -398,9 +402,10 @@ def knn_scores(queries, bank, bank_labels, *, classes, k, temperature):
         near = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)
         similarity, labels = gathered(near.values, 1), gathered(bank_labels[near.indices], 1)
         top = similarity.topk(min(k, similarity.shape[1]), dim=1)
-        weights = ((top.values - 1) / temperature).exp()  # at most 1: no overflow
+        weights = ((top.values - top.values[:, :1]) / temperature).exp()  # 1 for the nearest
         votes = torch.zeros(len(chunk), classes, device=chunk.device)
-        scores.append(votes.scatter_add_(1, labels.gather(1, top.indices), weights))
+        votes.scatter_add_(1, labels.gather(1, top.indices), weights)
+        scores.append(votes.masked_fill(votes == 0, -math.inf))
     return torch.cat(scores)
 
 
@@ -669,6 +674,8 @@ def parse_args(argv=None):
             fail(
                 f"--{name.replace('_', '-')} {value} must be {'below 1' if below else '1 or less'}"
             )
+    if args.task == "linear" and images_per_step(args) // args.accum < 2:
+        fail("--batch-size 1 leaves the probe's batch normalisation no variance; give 2 or more")
     if args.rand_augment > 10:
         fail(f"--rand-augment {args.rand_augment} is beyond 10, the strongest")
     if max(args.betas) >= 1:

@@ -313,7 +313,7 @@ def image_quality(fake, real, hidden):
     and SSIM of the whole image, for the full prediction and for its hidden part pasted into the
     visible patches; psnr and ssim: of the hidden pixels, and of windows centred on them, pasted;
     psnr_mean_fill: of the mean visible colour in their place. PAPER SILENT: which of these Table 1
-    gives. All images have 8 bits, as when written to a file.
+    gives. Reconstructions have 8 bits, as when written to a file.
     """
     fake = (fake.clamp(0, 1) * 255).round() / 255
     fakes = {"pasted": torch.where(hidden > 0, fake, real), "full": fake}

@@ -489,7 +489,9 @@ class Classifier(nn.Module):
         return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)
 
     def forward(self, images):
-        return self.head(self.standardize(self.features(images)))
+        x = self.standardize(self.features(images))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(x.float())  # half precision would tie logits that differ by a 16th
 
     def layers(self):
         """Parameters from input to output, [[embedding], [block 1], ..., [norm, head]]."""
@@ -1225,6 +1227,9 @@ class InceptionFeatures(nn.Module):
             raise ValueError(f"fc.bias has {classes} classes, not 1008 (published) or 1000")
         weights = {k: v for k, v in weights.items() if not k.startswith("AuxLogits")}
         network = inception_v3(num_classes=classes, aux_logits=False, init_weights=False)
+        # Older files do not count batches; the count is of no use in evaluation.
+        counters = {k: v for k, v in network.state_dict().items() if "num_batches_tracked" in k}
+        weights = counters | weights
         if faults := misfits(network, weights, most=3):
             raise ValueError(faults)
         network.load_state_dict(weights)

@@ -440,7 +440,12 @@ def test_inception_pools_as_the_published_network_and_otherwise_is_torchvisions(
         close(logits, network.eval()(2 * images - 1), 1e-5)
         assert features.shape == (1, 2048)
 
+    # torchvision's file: no batch counters, and the auxiliary classifier is in it.
+    bare = {k: v for k, v in weights.items() if "num_batches" not in k}
+    assert not model.InceptionFeatures(bare | {"AuxLogits.fc.bias": torch.zeros(1)}).published
+
     published = model.InceptionFeatures(stand_in(1008)).train()
+    assert published.published
     assert not published.network.training
     with torch.no_grad():
         x = torch.rand(1, 192, 5, 5)
@@ -1879,7 +1884,7 @@ def test_a_run_logs_each_epoch_once_and_even_epochs_have_feature_terms():
         for field in ("lr", "pixel", "adversarial", "d_accuracy_real", "images_per_second"):
             assert field in rows[0], field
         pictures = sorted(p.name for p in (Path(out) / "pictures").iterdir())
-        assert pictures == ["epoch_0001.png", "epoch_0002.png", "epoch_0004.png"]
+        assert pictures == ["curves.png", *(f"epoch_000{n}.png" for n in (1, 2, 4))]
 
 
 def test_every_row_stopped_in_mid_epoch_continues_bit_for_bit():
@@ -1967,7 +1972,29 @@ def test_eval_measures_checkpoints_and_two_processes_do_as_one():
         assert command(*FAST, "--image-size", 64, "--limit-images", 4, "--epochs", 1, "--out",
                        root / "large")[0] == 0  # fmt: skip
         large = root / "large" / "checkpoint.pt"
-        refused("--eval", "--resume", both[0], large, "--data", "shapes", names=["image size 64"])
+        shapes = ["--data", "shapes"]
+        refused("--eval", "--resume", both[0], large, *shapes, names=["image-size 64", "apart"])
+        refused(*alone, "--mask-ratio", 0.5, names=["--mask-ratio 0.75, not 0.5"])
+
+
+def test_an_evaluation_takes_the_images_that_training_held_out():
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_folder(root / "photos", count=20)  # 40 images, 8 of them held out
+        given = ["--eval", "--data", root / "photos", "--workers", 0, "--inception-weights", "none"]
+        for seed in (1, 2):
+            flags = [*FAST, "--data", root / "photos", "--out", root / str(seed), "--epochs", 1]
+            assert command(*flags, "--seed", seed, "--val-images", 8)[0] == 0
+        one, two = (root / str(seed) / "checkpoint.pt" for seed in (1, 2))
+        assert command(*given, "--resume", one)[0] == 0
+        found = json.loads((root / "1" / "eval.json").read_text())
+        log = json.loads((root / "1" / "log.jsonl").read_text())
+        assert found["images"] == 8 and found["seed"] == 1
+        close(found["results"]["mse"]["psnr_full"], log["psnr_full"], 1e-3)
+        refused(*given, "--resume", one, two, names=["different images", "val"])
+        with open(root / "1" / "log.jsonl", "a") as log:
+            log.write('{"epoch": 2, "ps')  # a full disk
+        assert command(*given, "--resume", one)[0] == 0
 
 
 def test_unreadable_images_are_left_out_of_an_evaluation():
@@ -2387,6 +2414,25 @@ def test_a_probe_trains_its_head_alone():
     changed = {k for k, v in run.classifier.state_dict().items() if not torch.equal(v, before[k])}
     statistics = {"standardize.running_mean", "standardize.running_var"}
     assert changed == statistics | {"head.weight", "head.bias"}
+    flags = ["--task", "linear", "--data", "shapes", "--batch-size", 1]
+    refused(*RANDOM, *flags, names=["--batch-size 1", "normalisation"], script=finetune)
+
+
+def test_logits_are_float32_under_autocast():
+    for task in ("linear", "finetune"):
+        network = probe_run("--task", task)[0].classifier
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden, logits = network.encoder.blocks[0].attn.qkv, network(tiny_batch()[0])
+            assert hidden(torch.rand(1, 192)).dtype == torch.bfloat16
+        assert logits.dtype == torch.float32
+
+
+def test_a_run_may_go_on_with_mixup_and_cutmix_turned_on():
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [*RANDOM, *PROBE, "--task", "finetune", "--limit-images", 16, "--out", folder]
+        off = ["--mixup", 0, "--cutmix", 0]
+        assert command(*flags, *off, "--epochs", 1, script=finetune)[0] == 0
+        assert command(*flags, "--epochs", 2, script=finetune) == (0, "")
 
 
 def test_pooling_takes_cls_or_the_mean_patch():
@@ -2519,12 +2565,21 @@ def test_knn_votes_equal_a_slow_loop():
     scores = finetune.knn_scores(queries, bank, labels, classes=3, k=5, temperature=0.1)
     for q in range(3):
         nearest = sorted(range(20), key=lambda i: -float(queries[q] @ bank[i]))[:5]
-        votes = [0.0] * 3
+        votes, most = [0.0] * 3, float(queries[q] @ bank[nearest[0]])
         for i in nearest:
-            votes[labels[i]] += math.exp((float(queries[q] @ bank[i]) - 1) / 0.1)
-        close(scores[q], torch.tensor(votes), 1e-5)
+            votes[labels[i]] += math.exp((float(queries[q] @ bank[i]) - most) / 0.1)
+        votes = torch.tensor(votes)
+        close(scores[q][votes > 0], votes[votes > 0], 1e-5)
+        assert (scores[q][votes == 0] == -math.inf).all()
     few = finetune.knn_scores(queries, bank[:2], labels[:2], classes=3, k=5, temperature=0.1)
     assert few.shape == (3, 3)  # fewer images than k: all of them vote
+    # The nearest alone votes, however small the temperature; other classes are no guesses at all.
+    one = finetune.knn_scores(queries, bank, labels, classes=3, k=1, temperature=1e-4)
+    nearest = labels[(queries @ bank.T).argmax(dim=1)]
+    right = finetune.count_correct(one, nearest)
+    wrong = finetune.count_correct(one, (nearest + 1) % 3)
+    assert [int(right[k]) for k in ("top1", "top5")] == [3, 3]
+    assert [int(wrong[k]) for k in ("top1", "top5")] == [0, 0]
 
 
 def test_every_kind_of_autoencoder_and_published_files_load_as_they_were():

@@ -3,14 +3,16 @@
     python train.py --demo                                      # 4 minutes on two CPU cores
     python train.py --loss mse --data path/to/imagenet          # one GPU
     torchrun --nproc_per_node=8 train.py --loss msg_gan_p       # one node, data/imagenet
+    python train.py --eval --resume runs/mse/checkpoint.pt      # Table 1 and figures; no training
 
 Implements sec. 4 of the paper ("Pre-training"): the objective of eq. 6 with its schedule. Reads
 down: processes and precision, networks and optimisers, the training step, checkpoints, validation,
-benchmark, data, the training loop (`fit`), command line, `main`. The losses are in losses.py, the
-networks in model.py, the images in data.py.
+evaluation of checkpoints (sec. 5.1), benchmark, data, the training loop (`fit`), command line,
+`main`. The losses are in losses.py, the networks in model.py, the images in data.py.
 
-Writes to OUT: checkpoint.pt, log.jsonl (one JSON object an epoch) and pictures/. Run the same
-command again after any interruption and it continues where the checkpoint was saved.
+Writes to OUT: checkpoint.pt, log.jsonl (one JSON object an epoch) and pictures/; eval.json with
+--eval. Run the same command again after any interruption and it continues where the checkpoint was
+saved.
 """
 
 import argparse
@@ -27,7 +29,7 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -812,14 +814,19 @@ def start_output(out, epoch):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"cannot write to --out {out}: {error.strerror}")
-    log, kept = out / "log.jsonl", []
-    for row in log.read_text().splitlines() if log.exists() else []:
-        try:
-            kept += [row + "\n"] if json.loads(row)["epoch"] < epoch else []
-        except ValueError:  # a line that a full disk cut short
-            pass
+    log = out / "log.jsonl"
+    kept = [json.dumps(row) + "\n" for row in read_log(log) if row["epoch"] < epoch]
     log.with_suffix(".tmp").write_text("".join(kept))
     os.replace(log.with_suffix(".tmp"), log)
+
+
+def read_log(log):
+    """Rows of a log.jsonl, [] if there is none; a line that a full disk cut short is left out."""
+    rows = []
+    for line in log.read_text().splitlines() if log.exists() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def progress_bar(sampler, args):
@@ -906,8 +913,7 @@ def draw_reconstructions(path, run, images, noise, args):
 
 def draw_curves(path, log):
     """Draw the file log.jsonl as curves, if there is one with anything in it."""
-    rows = [json.loads(row) for row in log.read_text().splitlines()] if log.exists() else []
-    if rows:
+    if rows := read_log(log):
         save_curves(path, rows, CURVES)
 
 
@@ -921,22 +927,27 @@ def open_checkpoints(args, device):
     """
     if args.resume in (["auto"], ["off"]):
         fail("--eval measures checkpoints; name one or several: --resume runs/LOSS/checkpoint.pt")
-    runs, must_agree = {}, ("image_size", "patch_size", "mask_ratio")
+    runs, sizes, defaults = {}, ("image_size", "patch_size", "mask_ratio"), build_parser()
     for path in args.resume:
         checkpoint = read_checkpoint(path)
         own = argparse.Namespace(**checkpoint["arguments"])
+        for what in sizes:
+            here, given = getattr(own, what), getattr(args, what)
+            flag = "--" + what.replace("_", "-")
+            if runs and given != here:
+                fail(f"{path} has {flag} {here}, {args.resume[0]} {given}: evaluate them apart")
+            if given not in (here, defaults.get_default(what)):
+                fail(f"{path} has {flag} {here}, not {given}; leave {flag} off")
+        if not runs:
+            for what in (*sizes, "seed"):  # the seed chooses masks, and images if there is no val/
+                setattr(args, what, getattr(own, what))
         mae = build_mae(own.model, own.image_size, own.patch_size, own.arch, image_scales(own))
         load_whole(mae, checkpoint["mae"], path)
         name = own.loss if own.arch == LOSSES[own.loss]["arch"] else f"{own.loss} ({own.arch})"
+        name += " (true contrast)" * own.norm_pix_loss  # see `reconstruct`
         if name in runs:
             name = f"{name} {len(runs) + 1}"
-        for what in must_agree:
-            if runs and getattr(own, what) != getattr(args, what):
-                fail(f"{path} has {what.replace('_', ' ')} {getattr(own, what)}, {args.resume[0]} "
-                     f"has {getattr(args, what)}: evaluate them apart")  # fmt: skip
-            setattr(args, what, getattr(own, what))
-        dtype = choose_precision(args.amp, device)
-        mae = mae.to(device).eval()
+        dtype, mae = choose_precision(args.amp, device), mae.to(device).eval()
         runs[name] = SimpleNamespace(mae=mae, device=device, dtype=dtype, args=own, path=path)
     return runs
 
@@ -983,6 +994,10 @@ def evaluate(args, device, rank, world):
     except OSError as error:
         fail(f"cannot write to --out {out}: {error.strerror}")
     val_set = build_data(args)[1]
+    seeds = {run.args.seed for run in runs.values()}
+    if len(seeds) > 1 and getattr(val_set.source, "held_out", False):
+        fail(f"the checkpoints held out different images (seeds {seeds}): evaluate them apart, or "
+             f"put validation images into {args.data}/val")  # fmt: skip
     inception, what = load_inception(args, device)
     say(f"Inception weights: {what}")
     totals, sums, unread = measure(runs, val_set, inception, args, rank, world)
@@ -999,11 +1014,13 @@ def evaluate(args, device, rank, world):
             both = (*mean_and_covariance(part), *mean_and_covariance(sums["real", ""]))
             results[name]["fid" + end] = frechet_distance(*both)
     if is_main():
-        about = {"data": args.data, "images": int(count), "unreadable": unread, "seed": args.seed}
+        about = {"data": args.data, "images": int(count), "unreadable": unread}
+        about |= {k: getattr(args, k) for k in ("image_size", "patch_size", "mask_ratio", "seed")}
         about |= {"inception": what, "checkpoints": {name: str(r.path) for name, r in runs.items()}}
         (out / "eval.json").write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
-        draw_figures(out / "pictures", runs, val_set, args)
     print_table(results, runs, int(count))
+    if is_main():
+        draw_figures(out / "pictures", runs, val_set, args)
     say(f"done: {out}/eval.json, {out}/pictures/")
 
 
@@ -1097,9 +1114,8 @@ def draw_figures(folder, runs, val_set, args, rows=8):
     figure_2, figure_3 = {"original": real}, {"original": real}
     for name, run in runs.items():
         fake, hidden = reconstruct(run, real, noise, run.args)
-        note = " (true contrast)" if run.args.norm_pix_loss else ""  # see `reconstruct`
         figure_2["masked"] = grey_out(real, hidden)
-        figure_2[name + note] = torch.where(hidden > 0, fake, real)
+        figure_2[name] = torch.where(hidden > 0, fake, real)
         maps = run.mae.cls_attention(real).cpu()  # (B, heads, side, side)
         heads = {f"head {n + 1}": heat(maps[:, n]) for n in range(maps.shape[1])}
         mean = heat(maps.mean(dim=1))
@@ -1198,9 +1214,13 @@ def open_data(args):
              "--data shapes (drawn on the fly), or --demo")  # fmt: skip
     try:
         with first_of_a_node_first():  # it downloads what is to be downloaded
-            return open_sources(args.data, image_size=args.image_size, seed=args.seed)
+            sources = open_sources(args.data, image_size=args.image_size, seed=args.seed)
     except (ValueError, OSError) as error:  # what is wrong with it, and the remedy
         fail(str(error))
+    if getattr(sources[1], "held_out", False):
+        say(f"{args.data} has no val/: {len(sources[1])} of its {sum(map(len, sources))} images, a "
+            f"choice of seed {args.seed}, are held out")  # fmt: skip
+    return sources
 
 
 def shard(dataset, args):
@@ -1544,7 +1564,11 @@ def build_parser():
         "--amp", choices=["auto", "off", "fp16", "bf16"], default="auto", help="autocast"
     )
     g.add_argument("--seed", type=at_least(0), default=0, help="of weights, data and masks")
-    g.add_argument("--out", help="folder for everything written; None = runs/LOSS")
+    g.add_argument(
+        "--out",
+        help="folder for everything written; None = runs/LOSS, or with "
+        "--eval that of the first checkpoint",
+    )
     g.add_argument(
         "--resume",
         nargs="+",
