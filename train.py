@@ -332,7 +332,7 @@ def open_loss_network(args, device):
     phi, path = (DVAEEncoder(), args.dvae_weights) if kind == "dvae" else (
         VGGFeatures(), args.vgg_weights
     )  # fmt: skip
-    if args.benchmark and kind == "dvae" and path is None:
+    if args.benchmark and path is None:
         return phi.to(device)  # time does not depend on the weights
     what = {"dvae": "OpenAI's dVAE encoder", "vgg": "torchvision's VGG-16"}[kind]
     remedy = f"--{kind}-weights takes the file {PUBLISHED[kind]}"
