@@ -327,11 +327,10 @@ def build_run(args, device):
 def open_loss_network(args, device):
     """The frozen phi of dvae_p or vgg_p, with its published weights; None for other rows."""
     kind = LOSSES[args.loss]["features"]
-    if kind not in ("dvae", "vgg"):
+    if kind not in PUBLISHED:
         return None
-    phi, path = (DVAEEncoder(), args.dvae_weights) if kind == "dvae" else (
-        VGGFeatures(), args.vgg_weights
-    )  # fmt: skip
+    phi = DVAEEncoder() if kind == "dvae" else VGGFeatures()
+    path = getattr(args, f"{kind}_weights")
     if args.benchmark and path is None:
         return phi.to(device)  # time does not depend on the weights
     what = {"dvae": "OpenAI's dVAE encoder", "vgg": "torchvision's VGG-16"}[kind]
@@ -849,7 +848,7 @@ def features_active(args, epoch):
     time to learn (here not: dvae_p and vgg_p have it in every epoch).
     """
     phi = LOSSES[args.loss]["features"]
-    return phi in ("dvae", "vgg") or (phi == "disc" and epoch % args.feature_every == 0)
+    return phi in PUBLISHED or (phi == "disc" and epoch % args.feature_every == 0)
 
 
 # ---- Validation and pictures ---------------------------------------------------------------------
