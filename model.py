@@ -1202,7 +1202,7 @@ def read_dvae(path):
         weights = found
     else:
         collect(found, "")
-    return {k: v for k, v in weights.items() if not k.startswith("blocks.output.")}
+    return {k: v for k, v in weights.items() if not str(k).startswith("blocks.output.")}
 
 
 # ---- Inception: features for FID, classes for the Inception Score (Table 1) ----------------------
@@ -1222,10 +1222,11 @@ class InceptionFeatures(nn.Module):
         super().__init__()
         from torchvision.models import inception_v3
 
-        classes = len(weights.get("fc.bias", ()))
-        if classes not in (1000, 1008):
-            raise ValueError(f"fc.bias has {classes} classes, not 1008 (published) or 1000")
-        weights = {k: v for k, v in weights.items() if not k.startswith("AuxLogits")}
+        shape = tuple(getattr(weights.get("fc.bias"), "shape", ()))
+        if shape not in ((1000,), (1008,)):
+            raise ValueError(f"fc.bias has shape {shape}, not (1008,) (published) or (1000,)")
+        classes = shape[0]
+        weights = {k: v for k, v in weights.items() if not str(k).startswith("AuxLogits")}
         network = inception_v3(num_classes=classes, aux_logits=False, init_weights=False)
         # Older files do not count batches; the count is of no use in evaluation.
         counters = {k: v for k, v in network.state_dict().items() if "num_batches_tracked" in k}

@@ -2299,6 +2299,14 @@ def test_exported_weights_start_other_runs():
         refused(*fast, "--init", root / "no.pt", names=["no.pt", "does not exist"])
         torch.save([1, 2], root / "list.pt")
         refused(*fast, "--init", root / "list.pt", names=["list.pt", "not a file of ViT-MAE"])
+        # Files of tensors that have numbers for names, and a scalar where a vector belongs.
+        odd = root / "odd.pt"
+        torch.save({1: torch.zeros(2), "fc.bias": torch.tensor(1.0)}, odd)
+        refused(*fast, "--init", odd, names=["odd.pt", "unexpected: 1, fc.bias"])
+        refused(*fast, "--loss", "dvae_p", "--dvae-weights", odd, names=["odd.pt", "dVAE"])
+        refused(*fast, "--loss", "vgg_p", "--vgg-weights", odd, names=["odd.pt", "VGG-16"])
+        given = ["--eval", "--resume", source, "--data", "shapes", "--inception-weights", odd]
+        refused(*given, names=["odd.pt", "fc.bias has shape ()"])
         assert command(*small, "--loss", "msg_gan", "--init", source, "--out", root / "msg")[0] == 0
         msg = root / "msg" / "checkpoint.pt"
         refused("--export", root / "x.pt", "--format", "hf", "--resume", msg, names=["decoder_rgb"])

@@ -701,7 +701,7 @@ def read_any_weights(path, kind):
             weights = read_checkpoint(path, (), kind)
         for name in ("mae", "model", "state_dict"):
             weights = weights[name] if isinstance(weights.get(name), dict) else weights
-    weights = {k: v for k, v in weights.items() if isinstance(v, torch.Tensor)}
+    weights = {str(k): v for k, v in weights.items() if isinstance(v, torch.Tensor)}
     if not weights:
         fail(f"{path} is not {kind} (it holds no tensors)")
     return from_others(weights)
@@ -922,7 +922,7 @@ def draw_curves(path, log):
 def open_checkpoints(args, device):
     """--resume's checkpoints -> {name of the row: run of mae, device, dtype, its own args, path}.
 
-    Sets the sizes in args to theirs, which must agree.
+    Sets the sizes in args to theirs, which must agree, and the seed to the first one's.
     """
     if args.resume in (["auto"], ["off"]):
         fail("--eval measures checkpoints; name one or several: --resume runs/LOSS/checkpoint.pt")
