@@ -3,7 +3,7 @@
 Image convention of the whole project: float (B, 3, H, W) in [0, 1], RGB. Loaders deliver uint8
 (a quarter of the traffic); `to_float` is the one place where that becomes [0, 1].
 
-Images come from `open_source`: a folder, `shapes` (drawn here, nothing to download), or `cifar10`.
+Images come from `open_sources`: a folder, `shapes` (drawn here, nothing to download), or `cifar10`.
 Each source is a torch Dataset in torchvision's manner: `source[i]` is (PIL image, label).
 `PretrainSet` turns one into samples for pre-training (paper, sec. 4 and supplement, Table 1),
 `LabelledSet` into samples for classification (supplement, Table 2).
@@ -15,9 +15,11 @@ To copy: needs torch, torchvision, numpy and pillow, and no other file of the pr
 """
 
 import functools
+import json
 import math
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +34,19 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".p
 EXIF_ORIENTATION = 0x0112  # tag: 1 = upright, 5 to 8 = lying on its side
 HEAT_COLOURS = ((5, 3, 25), (85, 20, 110), (190, 55, 85), (248, 145, 30), (252, 250, 180))
 CURVE_COLOURS = ("#1f5fa8", "#d9731a", "#3a8f3a")  # of the lines of one chart
+CURVES = {  # charts of curves.png: {title: {entry of the log: label}}, one unit each
+    "pixel term": {"pixel": ""},
+    "adversarial term (eq. 5)": {"adversarial": ""},
+    "feature term (eq. 3)": {"feature": ""},
+    "style term (eq. 3)": {"style": ""},
+    "discriminator (eq. 4)": {"discriminator": ""},
+    "D is right": {"d_accuracy_real": "real", "d_accuracy_fake": "fake"},
+    "path lengths": {"path_length": ""},
+    "R1": {"r1": ""},
+    "ADA's p": {"ada_p": ""},
+    "PSNR where hidden, dB": {"psnr": "G", "psnr_mean_fill": "mean fill"},
+    "SSIM where hidden": {"ssim": ""},
+}
 
 
 # ---- Randomness ----------------------------------------------------------------------------------
@@ -39,7 +54,7 @@ CURVE_COLOURS = ("#1f5fa8", "#d9731a", "#3a8f3a")  # of the lines of one chart
 
 def sample_seed(*numbers):
     """One well-mixed 63-bit seed from any non-negative integers, e.g. (seed, epoch, index)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def sample_generator(*numbers):
@@ -57,10 +72,12 @@ def to_rgb(image):
     puts transparent images on white, as a viewer shows them (dropping alpha alone would uncover
     whatever colours lie beneath). Palette, greyscale and CMYK are PIL's conversions.
     """
+    # Older pillows open 16-bit PNGs as "I". Asked here: turned images have lost their format.
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image).astype(np.float32)
-        top = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255
+        top = 65535 if deep or values.max() > 255 else 255
         image = Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -690,6 +707,12 @@ class EpochSampler(Sampler):
             yield self.epoch, index
 
 
+def default_workers():
+    """Loader workers of a process: its share of the cores that it may use, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 def ignore_signals(worker):
     """Ctrl-C, torchrun and batch systems signal a whole process group; the main process decides."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -765,6 +788,21 @@ def save_picture(path, columns, gap=6):
             picture = picture.resize((tile, tile), Image.Resampling.NEAREST)
             canvas.paste(picture, (left, title_height + row * (tile + gap)))
     canvas.save(path)
+
+
+def read_log(log):
+    """Rows of a log.jsonl, [] if there is none; a line that a full disk cut short is left out."""
+    rows = []
+    for line in log.read_text().splitlines() if log.exists() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def draw_curves(path, log):
+    """Draw the file log.jsonl as curves, if there is one with anything in it."""
+    if rows := read_log(log):
+        save_curves(path, rows, CURVES)
 
 
 def save_curves(path, rows, panels, across=3):

@@ -1,237 +1,187 @@
-"""Measure what pre-training is worth: linear probe, fine-tuning, k-NN.
+"""Everything that is done with a checkpoint: what it is worth, what it shows, where it goes.
 
     python finetune.py --demo                                   # 2 minutes, after train.py --demo
-    python finetune.py --checkpoint runs/mse/checkpoint.pt --task linear
-    torchrun --nproc_per_node=8 finetune.py --checkpoint runs/mse/checkpoint.pt --task finetune
+    python finetune.py --task linear --checkpoint runs/mse/checkpoint.pt
+    torchrun --nproc_per_node=8 finetune.py --task finetune --checkpoint runs/mse/checkpoint.pt
     python finetune.py --eval --checkpoint runs/mse/finetune/best.pt
+    python finetune.py --task reconstruct --checkpoint runs/mse/checkpoint.pt [MORE ...]
+    python finetune.py --export encoder.pt --format timm --checkpoint runs/mse/checkpoint.pt
 
-Implements sec. 4 of the paper ("Fine-tuning") and the supplement's Table 2 for classification.
-Reads down: weights, networks and optimiser, the training step, accuracy, k-NN, benchmark, data,
-command line, and `main`. The training loop (`fit`), processes, precision and checkpoints are
-train.py's, the networks are in model.py, the images in data.py.
+--task linear, finetune and knn classify: sec. 4 of the paper ("Fine-tuning"), the supplement's
+Table 2. --task reconstruct measures and draws reconstructions: Table 1, Figures 2 and 3. A task is
+data, network, loss and metric. Reads down: the classifier's step and loop, accuracy, k-NN,
+reconstructions; then, under a banner, checkpoints, data, benchmark, command line. What keeps a run
+alive (processes, precision, checkpoints) is train.py's.
 
---checkpoint takes those of train.py, published MAE files ({"model": weights}), or `none`: random
+--checkpoint takes those of train.py, any project's file of ViT-MAE weights, or `none`: random
 weights. Writes to OUT: checkpoint.pt, best.pt (highest top-1) and log.jsonl, where top1 and top5
-are per cent of the validation images. Run the same command again after any interruption and it
-continues where the checkpoint was saved.
+are per cent of the validation images; `reconstruct`: eval.json and pictures/. Run the same command
+again after any interruption and it continues where the checkpoint was saved.
 """
 
 import argparse
+import hashlib
 import json
 import math
-import os
-import resource
-import statistics
-import sys
-import time
-from contextlib import nullcontext
+import re
+from itertools import islice
 from pathlib import Path
+from time import perf_counter
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
+from torchvision.models import Inception_V3_Weights
 from torchvision.transforms import v2
+from tqdm import tqdm
 
-from data import (
-    LabelledSet,
-    check_classes,
-    choose_images,
-    sample_seed,
-    to_float,
-)
-from model import MAE_SIZES, build_classifier, encoder_weights
-from train import (
-    across_processes,
-    at_least,
-    autocast,
-    choose_precision,
-    fail,
-    fit,
-    images_per_step,
-    is_main,
-    learning_rate,
-    load_whole,
-    new_progress,
-    note_bad_images,
-    open_data,
-    parameter_groups,
-    read_any_weights,
-    read_checkpoint,
-    save_checkpoint,
-    say,
-    shard,
-    start_output,
-    start_processes,
-    unwrap,
-    world_size,
-    wrap,
-)
+import data
+import losses
+import model
+import train
+from train import fail, is_main, say
 
-# What --task means for the flags that are not given.
-# PAPER: supplement, Table 2, "for linear probing and fine-tuning". DIFFERS: a probe gets none of
-# the table's regularisation (MAE's does not either): one linear layer would underfit.
-# PAPER SILENT: layer-wise decay and stochastic depth; ours are MAE's for ViT-B.
-OFF = dict(
-    label_smoothing=0.0, mixup=0.0, cutmix=0.0, rand_augment=0.0,
-    weight_decay=0.0, layer_decay=1.0, drop_path=0.0,
-)  # fmt: skip
-TASKS = {
-    "linear": OFF,
-    "finetune": dict(
-        label_smoothing=0.1, mixup=0.8, cutmix=1.0, rand_augment=9.0,
-        weight_decay=0.05, layer_decay=0.75, drop_path=0.1,
-    ),
-    "knn": OFF,
-}  # fmt: skip
-# `--demo`: measures what `train.py --demo` wrote against random weights, on two CPU cores.
-DEMO = dict(
-    checkpoint="runs/demo/checkpoint.pt",
-    data="shapes",
-    pool="mean",
-    limit_images=1600,
-    val_images=1000,
-    batch_size=50,
-    epochs=4,
-    lr=1e-2,
-    crop_min=0.5,
-    workers=1,
-    out="runs/demo/finetune",
-    resume=["off"],
-    task="linear",
-)
-# A checkpoint continues only under the same values of these.
-ARGUMENTS_THAT_MUST_FIT = (
-    "task",
-    "checkpoint",
-    "data",
-    "model",
-    "image_size",
-    "patch_size",
-    "pool",
-    "fraction",
-    "shots",
-    "limit_images",
-    "val_images",
-    "layer_decay",
-    "seed",
-    "classes",
-)
+# ---- Classification: one step --------------------------------------------------------------------
 
 
-# ---- Weights -------------------------------------------------------------------------------------
+def classification_loss(logits, targets, label_smoothing):
+    """Mean cross-entropy in float32. targets: labels (B,) or class probabilities (B, classes)."""
+    return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
 
 
-def read_weights(args):
-    """Read --checkpoint; take from it the sizes that no flag gives -> {name: tensor}, None = none.
+def step_gradients(run, batches, progress, args):
+    """Average the gradients of a step's batches -> {"loss": their mean}."""
+    total, share = 0, 1 / len(batches)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    for number, (images, labels, *_) in enumerate(batches, start=1):
+        # Mixing and stochastic depth depend on where the run is, not on what was drawn before.
+        torch.manual_seed(data.sample_seed(args.seed, progress["step"], number - 1, rank))
+        images = data.to_float(images.to(run.device, non_blocking=True))  # (B, 3, H, W)
+        targets = labels.to(run.device, non_blocking=True)  # (B,); (B, classes) once mixed
+        if run.mix is not None:
+            images, targets = run.mix(images, targets)
+        # Processes exchange gradients during the last backward pass of a step alone.
+        with train.exchange(number == len(batches), run.classifier):
+            with train.autocast(run):
+                logits = run.classifier(images)  # (B, classes)
+            loss = classification_loss(logits, targets, args.label_smoothing)
+            run.scaler.scale(loss * share).backward()
+        total += loss.detach() * share
+    return {"loss": total}
 
-    Sets args.model, image_size and patch_size; with --eval also what else the classifier depends
-    on. A file that is none of ours nor a published MAE, or flags that contradict it, end the run.
+
+def update(run, apply):
+    """Step the optimiser if `apply`, then clear the gradients. The scaler skips fp16 overflows."""
+    if apply:
+        run.scaler.step(run.opt)
+        run.scaler.update()
+    run.opt.zero_grad(set_to_none=True)
+
+
+# ---- Classification: the loop over epochs --------------------------------------------------------
+
+
+def train_classifier(args, weights, train_set, val_set, device):
+    """Linear probe or fine-tuning -> (signal that stopped it or 0, best top-1 in per cent).
+
+    weights: from `open_checkpoint`. The loop is that of train.py's `pretrain`, with one player.
     """
-    saved, weights = dict(model="base", image_size=224, patch_size=16), None
-    if args.checkpoint != "none":
-        kind = "a checkpoint of train.py, finetune.py or a ViT-MAE of another project"
-        checkpoint = {}
-        if not args.checkpoint.endswith(".safetensors"):
-            with torch.serialization.safe_globals(
-                [argparse.Namespace]
-            ):  # see train.read_any_weights
-                checkpoint = read_checkpoint(args.checkpoint, (), kind)
-        if args.eval != ("classifier" in checkpoint):
-            what = "" if args.eval else ": --eval measures it, --resume continues it"
-            fail(f"{args.checkpoint} is {'not ' * args.eval}a checkpoint of finetune.py{what}")
-        own = next((k for k in ("classifier", "mae") if k in checkpoint), None)
-        if own and not (isinstance(checkpoint[own], dict) and "arguments" in checkpoint):
-            fail(f"{args.checkpoint} is not {kind} (it lacks arguments)")
-        if own:
-            saved, weights = checkpoint["arguments"], checkpoint[own]
-        else:
-            weights, left_out = read_any_weights(args.checkpoint, kind)
-            saved = published_sizes(weights, args)
-            if left_out:
-                say(f"{args.checkpoint}: left out {', '.join(left_out)}")
-    for what in ("model", "patch_size"):
-        given = getattr(args, what)
-        if weights is not None and given not in (None, saved[what]):
-            flag = what.replace("_", "-")
-            fail(f"--{flag} {given}, but {args.checkpoint} has {saved[what]}; leave --{flag} off")
-    for what in ("model", "image_size", "patch_size"):
-        setattr(args, what, getattr(args, what) or saved[what])
-    if args.eval:
-        for what in ("task", "pool", "seed", "classes"):
-            setattr(args, what, saved[what])
-    return weights
+    run = build_run(args, weights, device)
+    run.classifier.train()
+    val = (shard(val_set, args), [])  # and the unreadable ones among its images
+    progress, sampler, loader = train.open_run(run, train_set, args)
+    if train.finished(progress, args):
+        return 0, progress.get("best", 0.0)
+    stop, stopping = train.catch_stop_signals(), False
+
+    while progress["epoch"] <= args.epochs and not stopping:
+        epoch = progress["epoch"]
+        sampler.epoch, sampler.start = epoch, progress["epoch_step"]  # resumes in mid-epoch
+        bar, passes, clock = train.progress_bar(sampler, args), iter(loader), perf_counter()
+
+        while batches := list(islice(passes, args.accum)):  # one step
+            position = (epoch - 1) * sampler.steps + progress["epoch_step"]
+            warmup, total = args.warmup_epochs * sampler.steps, args.epochs * sampler.steps
+            lr = train.learning_rate(position, warmup, total, args.lr)
+            train.set_rate(run.opt, lr)  # of the head; lower layers have a part of it
+            terms = step_gradients(run, batches, progress, args)
+            means, stopping = train.agree(run, terms, batches, stop["signal"], progress, train_set)
+            finite = math.isfinite(means["loss"])
+            update(run, apply=finite)
+            clock = train.book_step(progress, means if finite else {}, clock, bar, args)
+            stopping = stopping or progress["step"] == args.steps
+            ended = progress["epoch_step"] == sampler.steps
+            if not ended and train.save_is_due(progress, stopping, args):
+                train.save_checkpoint(Path(args.out) / "checkpoint.pt", run, progress, args)
+            if stopping:
+                break
+
+        bar.close()
+        if ended:
+            finish_epoch(run, progress, lr, val, args)  # measures, logs, keeps the best; moves on
+            if stopping or epoch % args.save_every == 0 or epoch == args.epochs:
+                train.save_checkpoint(Path(args.out) / "checkpoint.pt", run, progress, args)
+    train.say_how_it_ended(stopping, progress, args)
+    return stop["signal"], progress.get("best", 0.0)
 
 
-def published_sizes(weights, args):
-    """Model, image and patch size of a published MAE, from the shapes of its weights -> dict."""
-    dimensions = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
-    missing = [k for k, n in dimensions.items() if getattr(weights.get(k), "ndim", None) != n]
-    if missing:
-        kept = ", ".join(map(str, weights))
-        fail(
-            f"{args.checkpoint} is no MAE encoder; missing: {', '.join(missing)}; there is: {kept}"
-        )
-    width, patch_size = weights["cls_token"].shape[-1], weights["patch_embed.proj.weight"].shape[-1]
-    depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
-    sizes = {(v["width"], v["depth"]): k for k, v in MAE_SIZES.items()}
-    model = sizes.get((width, depth), args.model)
-    if model is None:
-        fail(f"{args.checkpoint} is {width} wide with {depth} blocks, which is none of "
-             f"{', '.join(MAE_SIZES)}; --model names the one it should be")  # fmt: skip
-    side = math.isqrt(weights["pos_embed"].shape[1] - 1)
-    return dict(model=model, image_size=side * patch_size, patch_size=patch_size)
+def finish_epoch(run, progress, lr, val, args):
+    """Measure, log, keep the best, and move `progress` on. val: (loader, unreadable images)."""
+    row, measured = train.epoch_row(progress, lr, args), {}
+    if row["epoch"] % args.eval_every == 0 or row["epoch"] == args.epochs:
+        measured = evaluate(run, *val)
+    row["bad_images"] += len(val[1])
+    train.write_row(row | measured, args.out)
+    top1, best = measured.get("top1", -1.0), progress.get("best", -1.0)
+    train.next_epoch(progress, best=max(top1, best))
+    if top1 > best:
+        train.save_checkpoint(Path(args.out) / "best.pt", run, progress, args)
 
 
-def load_weights(network, weights, args):
-    """Give the classifier what `read_weights` read: its encoder, or with --eval all of it."""
-    prefix, side = "encoder.", network.encoder.side
-    encoder = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    try:
-        encoder = encoder_weights(encoder if args.eval else weights, side)
-    except (ValueError, RuntimeError, AttributeError) as error:
-        fail(f"{args.checkpoint} has positions that cannot be resized: {error}")
-    if not args.eval:
-        return load_whole(network.encoder, encoder, args.checkpoint)
-    rest = {k: v for k, v in weights.items() if not k.startswith(prefix)}
-    load_whole(network, rest | {prefix + k: v for k, v in encoder.items()}, args.checkpoint)
+# ---- Classification: network and optimiser -------------------------------------------------------
 
 
-# ---- Networks and optimiser ----------------------------------------------------------------------
-
-
-def build_run(args, weights, classes, device):
+def build_run(args, weights, device):
     """What trains -> namespace of classifier, opt, scaler, mix, device and dtype (see train.py).
 
-    weights: from `read_weights`. mix: function of a batch (images, labels) that mixes samples, or
-    None.
+    args: complete, as `open_checkpoint` and `build_data` leave them. mix: function of a batch
+    (images, labels) that mixes samples, or None. parts, script, must_fit: what a checkpoint holds.
     """
-    dtype = choose_precision(args.amp, device)
+    dtype = train.choose_precision(args.amp, device)
     torch.manual_seed(args.seed)  # the same initial weights on every process
-    try:
-        network = build_classifier(
+    with train.refusals():  # sizes that do not fit each other, or weights that do not
+        network = model.build_classifier(
             args.model,
-            classes,
+            len(args.classes),
             image_size=args.image_size,
             patch_size=args.patch_size,
             pool=args.pool,
             frozen=args.task != "finetune",
             drop=args.drop_path,
         )
-    except ValueError as error:  # sizes that do not fit each other
-        fail(str(error))
-    if weights is not None:
-        load_weights(network, weights, args)
+        if weights is not None:
+            load_weights(network, weights, args)
     network.to(device)
     groups = layer_groups(network, args.weight_decay, args.layer_decay)
-    return SimpleNamespace(
-        classifier=wrap(network, device),
-        opt=torch.optim.AdamW(groups, betas=tuple(args.betas), fused=True),
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        mix=build_mix(args, classes),
-        device=device,
-        dtype=dtype,
-    )
+    run = SimpleNamespace(device=device, dtype=dtype, mix=build_mix(args, len(args.classes)))
+    run.classifier, run.scaler = train.wrap(network, device), train.scaler(device, dtype)
+    run.opt = torch.optim.AdamW(groups, betas=tuple(args.betas), fused=True)
+    run.script, run.must_fit = "finetune.py", MUST_FIT
+    run.parts = {"classifier": network, "opt": run.opt, "scaler": run.scaler}
+    return run
+
+
+def load_weights(network, weights, args):
+    """Give the classifier what `open_checkpoint` read: its encoder, or with --eval all of it."""
+    prefix, side, path = "encoder.", network.encoder.side, args.checkpoint
+    if not args.eval:
+        encoder = model.encoder_weights(weights, side, path)
+        return model.load_whole(network.encoder, encoder, path)
+    encoder = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    encoder = model.encoder_weights(encoder, side, path)
+    rest = {k: v for k, v in weights.items() if not k.startswith(prefix)}
+    model.load_whole(network, rest | {prefix + k: v for k, v in encoder.items()}, path)
 
 
 def layer_groups(network, weight_decay, layer_decay):
@@ -241,7 +191,7 @@ def layer_groups(network, weight_decay, layer_decay):
         layers = [sum(layers, [])]  # fewer groups are faster
     for below, parameters in enumerate(reversed(layers)):
         scale = {"lr_scale": layer_decay**below}
-        for group in parameter_groups(torch.nn.ParameterList(parameters), weight_decay):
+        for group in train.parameter_groups(torch.nn.ParameterList(parameters), weight_decay):
             groups += [group | scale] if group["params"] else []
     return groups
 
@@ -258,53 +208,6 @@ def build_mix(args, classes):
     if args.cutmix:
         mixes.append(v2.CutMix(alpha=args.cutmix, num_classes=classes))
     return v2.RandomChoice(mixes).forward if mixes else None  # not a module: nothing to save
-
-
-def set_learning_rates(run, progress, steps_per_epoch, args):
-    """Put the optimiser where the schedule has come to -> the head's learning rate."""
-    position = (progress["epoch"] - 1) * steps_per_epoch + progress["epoch_step"]
-    schedule = (position, args.warmup_epochs * steps_per_epoch, args.epochs * steps_per_epoch)
-    lr = learning_rate(*schedule, args.lr)
-    for group in run.opt.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-    return lr
-
-
-# ---- The training step ---------------------------------------------------------------------------
-
-
-def classification_loss(logits, targets, label_smoothing):
-    """Mean cross-entropy in float32. targets: labels (B,) or class probabilities (B, classes)."""
-    return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
-
-
-def accumulate(run, batches, progress, args):
-    """Gradients of the batches of one step, averaged -> {"loss": their mean}."""
-    total, share = 0, 1 / len(batches)
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    for number, (images, labels, *_) in enumerate(batches):
-        # Mixing and stochastic depth depend on where the run is, not on what was drawn before.
-        torch.manual_seed(sample_seed(args.seed, progress["step"], number, rank))
-        images = to_float(images.to(run.device, non_blocking=True))
-        targets = labels.to(run.device, non_blocking=True)
-        if run.mix is not None:
-            images, targets = run.mix(images, targets)
-        last = number == len(batches) - 1  # processes exchange gradients with the last one
-        with nullcontext() if last or not dist.is_initialized() else run.classifier.no_sync():
-            with autocast(run):
-                logits = run.classifier(images)
-            loss = classification_loss(logits, targets, args.label_smoothing)
-            run.scaler.scale(loss * share).backward()
-        total += loss.detach() * share
-    return {"loss": total}
-
-
-def update(run, apply):
-    """Step the optimiser if `apply`, then clear the gradients. The scaler skips fp16 overflows."""
-    if apply:
-        run.scaler.step(run.opt)
-        run.scaler.update()
-    run.opt.zero_grad(set_to_none=True)
 
 
 # ---- Accuracy ------------------------------------------------------------------------------------
@@ -338,25 +241,25 @@ def evaluate(run, loader, known):
     loader: this process's `shard`. known: list of unreadable images' indices, added to here; they
     are left out.
     """
-    network, found = unwrap(run.classifier).eval(), {}
+    network, found = train.unwrap(run.classifier).eval(), {}
     sums = dict.fromkeys(("top1", "top5", "images", "val_loss"), 0)
     for images, labels, _, bad in loader:
         found |= dict(bad)
         labels = labels.to(run.device, non_blocking=True)
-        with autocast(run):
-            logits = network(to_float(images.to(run.device, non_blocking=True)))
+        with train.autocast(run):
+            logits = network(data.to_float(images.to(run.device, non_blocking=True)))
         loss = F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
         for name, value in {**count_correct(logits, labels), "val_loss": loss}.items():
             sums[name] += value
     network.train()
     note_unread(found, known, loader.dataset)
-    return as_row(across_processes(sums, run.device), network.head.out_features)
+    return as_row(train.across_processes(sums, run.device), network.head.out_features)
 
 
 def note_unread(found, known, dataset):
     """Name the unreadable images of a measurement that are not yet in `known`, and add them."""
     found = {index: reason for index, reason in found.items() if index not in known}
-    note_bad_images(found, known, dataset, fate="left out")
+    train.note_bad_images(found, known, dataset, fate="left out")
 
 
 # ---- k-NN ----------------------------------------------------------------------------------------
@@ -366,7 +269,7 @@ def gathered(tensor, dim=0):
     """Every process's tensor, concatenated along `dim`, on every process; lengths may differ."""
     if not dist.is_initialized():
         return tensor
-    parts = [None] * world_size()
+    parts = [None] * train.world_size()
     dist.all_gather_object(parts, tensor.cpu())
     return torch.cat(parts, dim).to(tensor.device)
 
@@ -374,13 +277,13 @@ def gathered(tensor, dim=0):
 @torch.no_grad()
 def extract(run, dataset, args):
     """Features of this process's part of a data set -> (unit vectors (n, C), labels (n,))."""
-    network, found = unwrap(run.classifier).eval(), {}
+    network, found = train.unwrap(run.classifier).eval(), {}
     width = network.head.in_features
     features, targets = [torch.zeros(0, width, device=run.device)], [torch.zeros(0).long()]
     for images, labels, _, bad in shard(dataset, args):
         found |= dict(bad)
-        with autocast(run):
-            x = network.features(to_float(images.to(run.device, non_blocking=True)))
+        with train.autocast(run):
+            x = network.features(data.to_float(images.to(run.device, non_blocking=True)))
         features.append(F.normalize(x.float(), dim=1)[labels >= 0])
         targets.append(labels[labels >= 0])
     note_unread(found, [], dataset)
@@ -421,77 +324,329 @@ def measure_knn(run, train_set, val_set, args):
     return as_row(counts, classes)  # every process has all queries: nothing to add up
 
 
-# ---- Benchmark -----------------------------------------------------------------------------------
+# ---- Reconstructions (Table 1, Figures 2 and 3) --------------------------------------------------
 
 
-def benchmark(args, device, world):
-    """Time the training step on random images of 1000 classes; print one JSON line."""
-    run = build_run(args, read_weights(args), 1000, device)
-    run.classifier.train()
-    generator = torch.Generator().manual_seed(args.seed)
-    B, size = args.batch_size, args.image_size
-    images = torch.randint(0, 256, (B, 3, size, size), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(0, 1000, (B,), generator=generator)
-    progress, seconds = new_progress(), []
-    set_learning_rates(run, progress, 1, args)
-    for number in range(2 + args.benchmark):  # two steps to warm up
-        began = time.perf_counter()
-        accumulate(run, [(images, labels)] * args.accum, progress, args)
-        update(run, apply=True)
-        progress["step"] += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if number >= 2:
-            seconds.append(time.perf_counter() - began)
-    median = statistics.median(seconds)
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
+def open_autoencoders(args, device):
+    """--checkpoint's autoencoders -> ({name of the row: run}, args with what they settle).
+
+    run: mae, device, dtype, its own args, path. Sizes, which must agree, and the seed, the first
+    one's, come from the checkpoints.
+    """
+    runs, first, sizes = {}, None, ("image_size", "patch_size", "mask_ratio")
+    for path in args.checkpoints:
+        with train.refusals():
+            checkpoint = model.load_file(path, "a checkpoint of train.py")
+        if checkpoint.get("script") != "train.py":
+            fail(f"{path} is not a checkpoint of train.py: reconstructions need its decoder")
+        own = argparse.Namespace(**checkpoint["arguments"])
+        first = first or own
+        for what in sizes:
+            flag, here = "--" + what.replace("_", "-"), getattr(own, what)
+            if here != getattr(first, what):
+                there = getattr(first, what)
+                fail(f"{path} has {flag} {here}, {args.checkpoint} {there}: evaluate them apart")
+            if getattr(args, what, None) not in (None, here):
+                fail(f"{path} has {flag} {here}, not {getattr(args, what)}; leave {flag} off")
+        scales = train.image_scales(own)
+        mae = model.build_mae(own.model, own.image_size, own.patch_size, own.arch, scales)
+        with train.refusals():
+            model.load_whole(mae, checkpoint["mae"], path)
+        name = (
+            own.loss if own.arch == losses.LOSSES[own.loss]["arch"] else f"{own.loss} ({own.arch})"
+        )
+        name += " (true contrast)" * own.norm_pix_loss  # see train.py's `reconstruct`
+        if name in runs:
+            name = f"{name} {len(runs) + 1}"
+        dtype, mae = train.choose_precision(args.amp, device), mae.to(device).eval()
+        runs[name] = SimpleNamespace(mae=mae, device=device, dtype=dtype, args=own, path=path)
+    settled = {what: getattr(first, what) for what in (*sizes, "seed")}
+    return runs, argparse.Namespace(**vars(args) | settled)
+
+
+def load_inception(args, device):
+    """-> (`InceptionFeatures` or None, what it is or why there is none)."""
+    source = args.inception_weights
+    get = "give --inception-weights pt_inception-2015-12-05-6726825d.pth, a release of "
+    get += "github.com/mseitzer/pytorch-fid (fid_weights)"
+    if source == "none":
+        return None, "none, so neither IS nor FID"
+    if source == "torchvision":
+        weights = reason = None
+        try:
+            with train.first_of_a_node_first():
+                weights = Inception_V3_Weights.IMAGENET1K_V1.get_state_dict(
+                    progress=False, check_hash=True, weights_only=True
+                )
+        except (OSError, RuntimeError) as error:  # no network, or half a download
+            reason = error
+        if train.across_processes({"missing": weights is None}, device)["missing"]:
+            return None, f"none, so neither IS nor FID (cannot be downloaded: {reason}); {get}"
+        what = f"torchvision's, not those of published FIDs; for these {get}"
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    parameters = list(run.classifier.parameters())
-    row = {
-        "task": args.task,
-        "model": args.model,
-        "image_size": size,
-        "batch_size": B * args.accum * world,
-        "device": device.type,
-        "amp": str(run.dtype or torch.float32).removeprefix("torch."),
-        "seconds_per_step": round(median, 4),
-        "images_per_second": round(B * args.accum * world / median, 2),
-        "peak_memory_mib": round(peak / 2**20),
-        "parameters": sum(p.numel() for p in parameters),
-        "parameters_trained": sum(p.numel() for p in parameters if p.requires_grad),
-    }
-    say(json.dumps(row))
+        with train.refusals():
+            weights = model.load_file(source, "a file of Inception weights")
+        digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()
+        what = f"{source}, those of published FIDs"
+        if not digest.startswith("6726825d"):
+            what = f"{source}, not the file of published FIDs; for these {get}"
+    try:
+        inception = model.InceptionFeatures(weights)
+    except ValueError as error:
+        fail(f"{source} is not a file of Inception weights: {error}; {get}")
+    return inception.to(device), what
 
 
-# ---- Data and log --------------------------------------------------------------------------------
+@torch.no_grad()
+def measure_reconstructions(args, device):
+    """Table 1 and Figures 2 and 3 of --checkpoint's autoencoders, on the whole validation set."""
+    runs, args = open_autoencoders(args, device)
+    out = Path(args.out)
+    with train.writing(out):
+        (out / "pictures").mkdir(parents=True, exist_ok=True)
+    _, source = train.open_data(args, args.image_size)
+    patches = (args.image_size // args.patch_size) ** 2
+    common = dict(image_size=args.image_size, num_patches=patches, seed=args.seed)
+    val_set = data.PretrainSet(source, augment=False, limit=args.val_images, **common)
+    seeds = {run.args.seed for run in runs.values()}
+    if len(seeds) > 1 and getattr(source, "held_out", False):
+        fail(
+            f"the checkpoints held out different images (seeds {seeds}): evaluate them apart, or "
+            f"put validation images into {args.data}/val"
+        )
+    inception, what = load_inception(args, device)
+    say(f"Inception weights: {what}")
+    totals, sums, unread = measure(runs, val_set, inception, args)
+
+    count = totals.pop("images")
+    results = {"real": {}} if inception else {}
+    results |= {name: {} for name in runs}
+    for (name, metric), total in totals.items():
+        results[name][metric] = total / count
+    for (name, kind), part in sums.items():
+        end = f"_{kind}" if kind else ""
+        results[name]["is" + end], results[name]["is_std" + end] = losses.inception_score(part)
+        if kind and count > 1:
+            both = (
+                *losses.mean_and_covariance(part),
+                *losses.mean_and_covariance(sums["real", ""]),
+            )
+            results[name]["fid" + end] = losses.frechet_distance(*both)
+    if is_main():
+        about = {"data": args.data, "images": int(count), "unreadable": unread}
+        about |= {k: getattr(args, k) for k in ("image_size", "patch_size", "mask_ratio", "seed")}
+        about |= {"inception": what, "checkpoints": {name: str(r.path) for name, r in runs.items()}}
+        with train.writing(out / "eval.json"):
+            text = json.dumps(about | {"results": results}, indent=1)
+            (out / "eval.json").write_text(text + "\n")
+    print_table(results, runs, int(count))
+    if is_main():
+        with train.writing(out / "pictures"):
+            draw_figures(out / "pictures", runs, val_set)
+    say(f"done: {out}/eval.json, {out}/pictures/")
+
+
+def measure(runs, val_set, inception, args):
+    """One pass over the images -> (totals, sums for IS and FID, unreadable images left out).
+
+    totals: {"images": number, (run's name, metric): sum}. sums: {(run's name, kind):
+    `inception_sums`}, ("real", "") for the originals. Both over all processes.
+    """
+    device, splits = torch.device(next(iter(runs.values())).device), min(10, len(val_set))
+    totals = {"images": 0} | {(name, metric): 0 for name in runs for metric in losses.METRICS}
+    sums, unread, found = {}, [], {}
+
+    def count_features(name, kind, images, split):
+        if inception is None:
+            return
+        features, logits = inception(images)
+        for key, value in losses.inception_sums(features, logits, split, splits).items():
+            sums[name, kind][key] += value
+
+    if inception is not None:  # sums of no images, so that every process has them all
+        nothing = torch.zeros(0, 3, 75, 75, device=device)
+        for name, kind in [("real", ""), *((name, kind) for name in runs for kind in losses.KINDS)]:
+            features, logits = inception(nothing)
+            sums[name, kind] = losses.inception_sums(
+                features, logits, torch.zeros(0).long(), splits
+            )
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    indices = torch.arange(rank, len(val_set), train.world_size())
+    loader, done = shard(val_set, args), 0
+    for images, noise, _, bad in tqdm(loader, disable=None if is_main() else True, unit="batches"):
+        index = indices[done : done + len(images)]
+        done += len(images)
+        found |= dict(bad)
+        kept = ~torch.isin(index, torch.tensor([i for i, _ in bad], dtype=torch.long))
+        split = (index[kept] * splits // len(val_set)).to(device)
+        real = data.to_float(images[kept].to(device))
+        if not len(real):
+            continue
+        totals["images"] += len(real)
+        count_features("real", "", real, split)
+        for name, run in runs.items():
+            fake, hidden = train.reconstruct(run, real, noise[kept].to(device), run.args)
+            values, fakes = losses.image_quality(fake, real, hidden)
+            for metric, value in values.items():
+                totals[name, metric] += value
+            for kind, fake in fakes.items():
+                count_features(name, kind, fake, split)
+    train.note_bad_images(found, unread, val_set, fate="left out")
+    if dist.is_initialized():
+        for part in sums.values():
+            for tensor in part.values():
+                dist.all_reduce(tensor)
+    return train.across_processes(totals, device), sums, len(unread)
+
+
+def print_table(results, runs, count):
+    """Table 1 on the screen: a line for each checkpoint and kind of reconstruction."""
+    width = max(len(name) for name in [*runs, "original"])
+
+    def line(name, kind, pixels, row):
+        end = f"_{kind}" if kind else ""
+        score = distance = "-"
+        if "is" + end in row:
+            score = f"{row['is' + end]:.2f} +- {row['is_std' + end]:.2f}"
+        if "fid" + end in row:
+            distance = f"{row['fid' + end]:.2f}"
+        say(f"{name:{width}}  {kind:6}  {pixels:20}  {score:>15}  {distance:>8}")
+
+    say(f"{count} images; L1 of pixels in [0, 1], PSNR in dB")
+    say(f"{'':{width}}              L1   PSNR   SSIM               IS       FID")
+    if "real" in results:
+        line("original", "", "", results["real"])
+    for name in runs:
+        for kind in losses.KINDS:
+            l1, decibels, similarity = (
+                results[name][f"{m}_{kind}"] for m in ("l1", "psnr", "ssim")
+            )
+            pixels = f"{l1:.4f}  {decibels:5.2f}  {similarity:.3f}"
+            line(name if kind == losses.KINDS[0] else "", kind, pixels, results[name])
+
+
+def draw_figures(folder, runs, val_set, rows=8):
+    """Figures 2 and 3 of the first images, and every checkpoint's curves, as PNG files.
+
+    reconstruction.png: a column for each checkpoint, its hidden part pasted into the visible
+    patches (PAPER SILENT: whether Figure 2's are; MSE trains nothing else). attention.png: the
+    last layer's attention of CLS, each head and their mean; of several checkpoints the means side
+    by side, and the heads in attention_NAME.png each.
+    """
+    device = torch.device(next(iter(runs.values())).device)
+    images, noise = data.collate([val_set[0, i] for i in range(min(rows, len(val_set)))])[:2]
+    real, noise = data.to_float(images.to(device)), noise.to(device)
+    figure_2, figure_3 = {"original": real}, {"original": real}
+    for name, run in runs.items():
+        fake, hidden = train.reconstruct(run, real, noise, run.args)
+        figure_2["masked"] = data.grey_out(real, hidden)
+        figure_2[name] = torch.where(hidden > 0, fake, real)
+        maps = run.mae.cls_attention(real).cpu()  # (B, heads, side, side)
+        heads = {f"head {n + 1}": data.heat(maps[:, n]) for n in range(maps.shape[1])}
+        mean = data.heat(maps.mean(dim=1))
+        figure_3[name] = mean
+        end = "" if len(runs) == 1 else "_" + re.sub(r"\W+", "_", name).strip("_")
+        data.save_picture(
+            folder / f"attention{end}.png", {"original": real, "mean of heads": mean} | heads
+        )
+        data.draw_curves(folder / f"curves{end}.png", Path(run.path).parent / "log.jsonl")
+    data.save_picture(folder / "reconstruction.png", figure_2)
+    if len(runs) > 1:
+        data.save_picture(folder / "attention.png", figure_3)
+
+
+# ==================================================================================================
+# What keeps it running: checkpoints in and out, data, benchmark, command line.
+# ==================================================================================================
+
+# ---- Checkpoints in and out ----------------------------------------------------------------------
+
+KIND = "a checkpoint of train.py, finetune.py or a ViT-MAE of another project"
+# A checkpoint continues only under the same values of these.
+MUST_FIT = ("task", "checkpoint", "data", "model", "image_size", "patch_size", "pool", "fraction")
+MUST_FIT += ("shots", "limit_images", "val_images", "layer_decay", "seed", "classes")
+
+
+def open_checkpoint(args):
+    """Read --checkpoint -> ({name: tensor}, None for `none`; args with the sizes that it settles).
+
+    Model, image and patch size are the checkpoint's where no flag gives them; with --eval also
+    what else the classifier depends on. Flags that contradict it end the run.
+    """
+    path, saved, weights = args.checkpoint, dict(model="base", image_size=224, patch_size=16), None
+    if path != "none":
+        with train.refusals():
+            content = model.load_file(path, KIND)
+            script = content.get("script")
+            if args.eval != (script == "finetune.py"):
+                what = "" if args.eval else ": --eval measures it, --resume continues it"
+                fail(f"{path} is {'not ' * args.eval}a checkpoint of finetune.py{what}")
+            if script is None:
+                weights, left_out = model.named_as_ours(content, path, KIND)
+                saved = model.published_sizes(weights, path, args.model)
+                if left_out:
+                    say(f"{path}: left out {', '.join(left_out)}")
+            else:
+                weights, saved = content["classifier" if args.eval else "mae"], content["arguments"]
+    for what in ("model", "patch_size"):
+        given, flag = getattr(args, what), what.replace("_", "-")
+        if weights is not None and given not in (None, saved[what]):
+            fail(f"--{flag} {given}, but {path} has {saved[what]}; leave --{flag} off")
+    sizes = ("model", "image_size", "patch_size")
+    settled = {what: getattr(args, what) or saved[what] for what in sizes}
+    if args.eval:
+        settled |= {what: saved[what] for what in ("task", "pool", "seed", "classes")}
+    return weights, argparse.Namespace(**vars(args) | settled)
+
+
+def export(args):
+    """--export FILE: write --checkpoint's weights by --format's names; says what it left out."""
+    if not is_main():
+        return
+    with train.refusals():
+        checkpoint = model.load_file(args.checkpoint, "a checkpoint of train.py")
+        if checkpoint.get("script") != "train.py":
+            fail(
+                f"{args.checkpoint} is not a checkpoint of train.py, whose weights --export writes"
+            )
+        count, rest = model.write_weights(args.export, checkpoint["mae"], args.format)
+    say(f"wrote {args.export}: {count} tensors; left out: {rest} of the decoder")
+
+
+# ---- Data ----------------------------------------------------------------------------------------
+
+
+def shard(dataset, args):
+    """Loader of this process's part of a data set: images rank, rank + world, ... in order.
+
+    No padding, so that over all processes each image is counted once.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    keys = [(0, i) for i in range(rank, len(dataset), train.world_size())]
+    return data.build_loader(dataset, keys, batch_size=args.batch_size, workers=args.workers)
 
 
 def build_data(args):
-    """-> (training, validation) `LabelledSet`; one line and status 2 if that cannot be.
+    """-> (training, validation `LabelledSet`, args with `classes`, the names of the classes).
 
-    Sets args.classes, the names of the classes; with --eval they must be the checkpoint's.
+    With --eval these must be the checkpoint's. One line and status 2 if that cannot be.
     """
-    train_source, val_source = open_data(args)
-    try:
+    train_source, val_source = train.open_data(args, args.image_size)
+    with train.refusals():
         if len(train_source.classes) < 2:
             raise ValueError(f"--data {args.data} has no classes: keep images in class folders")
-        check_classes(train_source.classes, val_source.classes, ("train", "val"))
+        data.check_classes(train_source.classes, val_source.classes, ("train", "val"))
         if args.eval:
-            check_classes(args.classes, val_source.classes, (args.checkpoint, args.data))
-        args.classes = list(val_source.classes)
-        chosen = choose_images(
+            data.check_classes(args.classes, val_source.classes, (args.checkpoint, args.data))
+        chosen = data.choose_images(
             train_source.targets,
             seed=args.seed,
             fraction=args.fraction,
             shots=args.shots,
             limit=args.limit_images,
         )
-    except ValueError as error:
-        fail(str(error))
     common = dict(image_size=args.image_size, seed=args.seed)
-    train_set = LabelledSet(
+    train_set = data.LabelledSet(
         train_source,
         chosen.tolist(),
         augment=args.task != "knn",
@@ -499,149 +654,154 @@ def build_data(args):
         magnitude=args.rand_augment,
         **common,
     )
-    if len(train_set) < images_per_step(args) and args.task != "knn" and not args.eval:
-        fail(f"{len(train_set)} training images are fewer than the {images_per_step(args)} of one "
-             "step; lower --batch-size")  # fmt: skip
-    kept = choose_images(
-        val_source.targets, seed=args.seed, limit=args.val_images or len(val_source)
-    )
-    return train_set, LabelledSet(val_source, kept.tolist(), augment=False, **common)
+    if args.task != "knn" and not args.eval:
+        train.check_one_step(train_set, args)
+    limit = args.val_images or len(val_source)
+    kept = data.choose_images(val_source.targets, seed=args.seed, limit=limit)
+    val_set = data.LabelledSet(val_source, kept.tolist(), augment=False, **common)
+    args = argparse.Namespace(**vars(args) | {"classes": list(val_source.classes)})
+    return train_set, val_set, args
 
 
-def report(row, out=None):
-    """Print a row of results, after writing it to OUT/log.jsonl if `out` is given."""
-    row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
-    if out is not None and is_main():
-        with open(out / "log.jsonl", "a") as log:
-            log.write(json.dumps(row) + "\n")
-    say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+# ---- Benchmark -----------------------------------------------------------------------------------
 
 
-def finish_epoch(run, progress, lr, val, args):
-    """Measure, log, keep the best, and move `progress` on. val: (loader, unreadable images)."""
-    counted, out = max(1, progress["counted"]), Path(args.out)
-    row = {"epoch": progress["epoch"], "step": progress["step"], "lr": lr}
-    row |= {name: total / counted for name, total in progress["sums"].items()}
-    last = row["epoch"] == args.epochs
-    measured = evaluate(run, *val) if last or row["epoch"] % args.eval_every == 0 else {}
-    row |= measured
-    row["images_per_second"] = progress["epoch_step"] * images_per_step(args) / progress["seconds"]
-    row["seconds"] = progress["seconds"]
-    row["bad_images"] = len(progress["bad_images"]) + len(val[1])
-    report(row, out)
-    top1, best = measured.get("top1", -1.0), progress.get("best", -1.0)
-    kept = {name: progress[name] for name in ("step", "bad_images", "layout")}
-    progress |= new_progress() | kept | {"epoch": row["epoch"] + 1, "best": max(top1, best)}
-    if top1 > best:
-        save_checkpoint(out / "best.pt", run, progress, args)
+def benchmark(args, device):
+    """Time the training step on random images of 1000 classes; print one JSON line."""
+    weights, args = open_checkpoint(args)
+    args = argparse.Namespace(**vars(args) | {"classes": list(range(1000))})
+    run = build_run(args, weights, device)
+    run.classifier.train()
+    generator = torch.Generator().manual_seed(args.seed)
+    B, size = args.batch_size, args.image_size
+    images = torch.randint(0, 256, (B, 3, size, size), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 1000, (B,), generator=generator)
+    train.set_rate(run.opt, args.lr)
+
+    def step(number, place):
+        step_gradients(run, [(images, labels)] * args.accum, {"step": number}, args)
+        update(run, apply=True)
+
+    seconds = train.time_steps(step, args.benchmark, 1, device)
+    row = train.benchmark_row(run, seconds, args, task=args.task)
+    parameters = list(run.classifier.parameters())
+    row["parameters"] = sum(p.numel() for p in parameters)
+    row["parameters_trained"] = sum(p.numel() for p in parameters if p.requires_grad)
+    say(json.dumps(row))
 
 
 # ---- Command line --------------------------------------------------------------------------------
 
+# What --task means for the flags that are not given.
+# PAPER: supplement, Table 2, "for linear probing and fine-tuning". DIFFERS: a probe gets none of
+# the table's regularisation (MAE's does not either): one linear layer would underfit.
+# PAPER SILENT: layer-wise decay and stochastic depth; ours are MAE's for ViT-B.
+PLAIN = dict(label_smoothing=0.0, mixup=0.0, cutmix=0.0, rand_augment=0.0, drop_path=0.0)
+PLAIN |= dict(weight_decay=0.0, layer_decay=1.0)
+TABLE_2 = dict(label_smoothing=0.1, mixup=0.8, cutmix=1.0, rand_augment=9.0, drop_path=0.1)
+TABLE_2 |= dict(weight_decay=0.05, layer_decay=0.75)
+TASKS = {"linear": PLAIN, "finetune": TABLE_2, "knn": PLAIN, "reconstruct": PLAIN}
+# `--demo`: measures what `train.py --demo` wrote against random weights, on two CPU cores.
+DEMO = dict(
+    checkpoints=["runs/demo/checkpoint.pt"],
+    data="shapes",
+    pool="mean",
+    limit_images=1600,
+    val_images=1000,
+    batch_size=50,
+    epochs=4,
+    lr=1e-2,
+    crop_min=0.5,
+    workers=1,
+    out="runs/demo/finetune",
+    resume="off",
+    task="linear",
+)
+
 
 def build_parser():
     """Every flag of finetune.py; `--help` is the manual. Table 2's values are the defaults."""
+    COUNT, NUMBER, POSITIVE = train.COUNT, train.NUMBER, train.POSITIVE
     parser = argparse.ArgumentParser(
-        description="Linear probe, fine-tuning or k-NN on a pre-trained encoder.",
-        usage="finetune.py --checkpoint FILE|none --task linear|finetune|knn "
+        description="Classify with a pre-trained encoder, measure reconstructions, export weights.",
+        usage="finetune.py --checkpoint FILE|none --task linear|finetune|knn|reconstruct "
         "[--data PATH|shapes|cifar10] [flags; see --help]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    positive, number = at_least(1e-12, float), at_least(0, float)
-
-    g = parser.add_argument_group("what to measure")
-    g.add_argument("--demo", action="store_true", help="after train.py --demo: against random")
-    g.add_argument(
-        "--checkpoint",
-        metavar="FILE|none",
-        help="of train.py, or a published MAE; none: random weights; with --eval: of finetune.py",
+    text = "of train.py, or another project's ViT-MAE; none: random weights; with --eval: of "
+    text += "finetune.py; reconstruct takes several"
+    parser.add_argument("--demo", action="store_true", help="after train.py --demo: against random")
+    parser.add_argument("--eval", action="store_true", help="only measure --checkpoint on --data")
+    parser.add_argument("--checkpoint", dest="checkpoints", metavar="FILE", nargs="+", help=text)
+    train.add_flags(
+        parser,
+        "what to do",
+        ("--task", TASKS, "finetune", "what is done with the checkpoint"),
+        ("--export", str, None, "file to write the checkpoint's weights to; no task"),
+        ("--format", ("mae", "timm", "hf"), "mae", "whose names --export takes"),
+        ("--pool", ("cls", "mean"), "cls", "what a classifier sees: CLS, or the mean patch token"),
+        ("--model", model.MAE_SIZES, None, "None = the checkpoint's; base for none"),
+        ("--image-size", train.at_least(16), None, "side in pixels; None = the checkpoint's"),
+        ("--patch-size", train.at_least(2), None, "None = the checkpoint's; 16 for none"),
+        ("--k", COUNT, 20, "neighbours that vote; knn"),
+        ("--temperature", POSITIVE, 0.07, "of the votes; knn"),
+        (
+            "--inception-weights",
+            str,
+            "torchvision",
+            "FILE, torchvision or none; for IS and FID of "
+            "reconstruct; published FIDs: pt_inception-2015-12-05-6726825d.pth",
+        ),
     )
-    g.add_argument("--task", choices=TASKS, default="finetune", help="what is done with it")
-    g.add_argument("--eval", action="store_true", help="only measure --checkpoint on --data")
-    g.add_argument(
-        "--pool", choices=["cls", "mean"], default="cls", help="CLS, or mean patch token"
+    train.add_flags(
+        parser,
+        "data",
+        *train.DATA_FLAGS,
+        ("--val-images", COUNT, None, "measure on so many; None = all"),
+        ("--fraction", POSITIVE, None, "of each class's training labels, seeded"),
+        ("--shots", COUNT, None, "training images per class, a seeded choice"),
+        ("--crop-min", POSITIVE, 0.08, "smallest crop, part of the area"),
     )
-    g.add_argument("--model", choices=MAE_SIZES, help="None = the checkpoint's; base for none")
-    g.add_argument(
-        "--image-size",
-        type=at_least(16),
-        help="side in pixels; None = the checkpoint's (positions are resized to another); 224",
+    train.add_flags(
+        parser,
+        "regularisation (None = by --task: paper's for finetune, or off)",
+        ("--label-smoothing", NUMBER, None, "paper: 0.1"),
+        ("--mixup", NUMBER, None, "alpha of its Beta; 0 = off; paper: 0.8"),
+        ("--cutmix", NUMBER, None, "alpha of its Beta; 0 = off; paper: 1.0"),
+        ("--rand-augment", NUMBER, None, "magnitude, 0 to 10; 0 = off; paper: 9"),
+        ("--drop-path", NUMBER, None, "stochastic depth of the last block; 0.1"),
     )
-    g.add_argument("--patch-size", type=at_least(2), help="None = the checkpoint's; 16 for none")
-    g.add_argument("--k", type=at_least(1), default=20, help="neighbours that vote; knn")
-    g.add_argument("--temperature", type=positive, default=0.07, help="of the votes; knn")
-
-    g = parser.add_argument_group("data")
-    g.add_argument("--data", default="data/imagenet", help="folder with classes, shapes or cifar10")
-    g.add_argument("--fraction", type=positive, help="of each class's training labels, seeded")
-    g.add_argument("--shots", type=at_least(1), help="training images a class, a seeded choice")
-    g.add_argument("--limit-images", type=at_least(1), help="train on so many, a seeded choice")
-    g.add_argument("--val-images", type=at_least(1), help="measure on so many; None = all")
-    g.add_argument(
-        "--crop-min", type=positive, default=0.08, help="smallest crop, part of the area"
-    )
-    g.add_argument(
-        "--workers", type=at_least(0), default=min(8, os.cpu_count()), help="loaders a process"
-    )
-
-    g = parser.add_argument_group("regularisation (None = by --task: paper's for finetune, or off)")
-    g.add_argument("--label-smoothing", type=number, help="paper: 0.1")
-    g.add_argument("--mixup", type=number, help="alpha of its Beta; 0 = off; paper: 0.8")
-    g.add_argument("--cutmix", type=number, help="alpha of its Beta; 0 = off; paper: 1.0")
-    g.add_argument("--rand-augment", type=number, help="magnitude, 0 to 10; 0 = off; paper: 9")
-    g.add_argument("--drop-path", type=number, help="stochastic depth of the last block; 0.1")
-
-    g = parser.add_argument_group("optimisation")
     # PAPER SILENT: it contradicts itself on warm-up (5 or 10 epochs) and Adam's second beta (.95 or
     # .999), and does not say whether the learning rate scales with the batch. Ours: its Table 2
     # where the two disagree (.999 is also MAE's), and MAE's linear scaling, 1e-3 at 8 x 32.
-    g.add_argument("--epochs", type=at_least(1), default=130, help="paper: 130")
-    g.add_argument("--warmup-epochs", type=number, help="None = 10/130 of the epochs, as the paper")
-    g.add_argument("--batch-size", type=at_least(1), default=32, help="images a process and pass")
-    g.add_argument("--accum", type=at_least(1), default=1, help="passes a step")
-    g.add_argument(
-        "--blr", type=positive, default=1e-3, help="learning rate for 256 images a step; scales"
+    train.add_flags(
+        parser,
+        "optimisation",
+        ("--epochs", COUNT, 130, "paper: 130"),
+        ("--warmup-epochs", NUMBER, None, "None = 10/130 of the epochs, as the paper"),
+        *train.BATCH_FLAGS,
+        ("--blr", POSITIVE, 1e-3, "learning rate for 256 images per step; scales with them"),
+        ("--betas", (NUMBER, NUMBER), [0.9, 0.999], "of AdamW"),
+        ("--weight-decay", NUMBER, None, "of matrices; None = by --task; paper: 0.05"),
+        (
+            "--layer-decay",
+            POSITIVE,
+            None,
+            "rate of a layer relative to the one above; None = 0.75 "
+            "for finetune, 1 for other tasks and random weights",
+        ),
     )
-    g.add_argument("--lr", type=positive, help="learning rate as it is, instead of --blr")
-    g.add_argument("--betas", type=number, nargs=2, default=[0.9, 0.999], help="AdamW")
-    g.add_argument("--weight-decay", type=number, help="of matrices; None = by --task; paper: 0.05")
-    g.add_argument(
-        "--layer-decay",
-        type=positive,
-        help="learning rate of a layer relative to the one above; None = 0.75 for finetune, "
-        "1 for other tasks and random weights",
-    )
-
-    g = parser.add_argument_group("the run")
-    g.add_argument(
-        "--amp", choices=["auto", "off", "fp16", "bf16"], default="auto", help="autocast"
-    )
-    g.add_argument("--seed", type=at_least(0), default=0, help="of weights, data and subsets")
-    g.add_argument("--out", help="folder for everything written; None = TASK/ beside --checkpoint")
-    g.add_argument(
-        "--resume",
-        nargs="+",
-        default=["auto"],
-        metavar="auto|off|PATH",
-        help="auto: continue OUT/checkpoint.pt if there is one; off: start anew",
-    )
-    g.add_argument(
-        "--eval-every",
-        type=at_least(1),
-        default=1,
-        help="epochs between measurements; and the last",
-    )
-    g.add_argument("--save-every", type=at_least(1), default=1, help="epochs between checkpoints")
-    g.add_argument("--save-steps", type=at_least(1), help="steps between checkpoints, in addition")
-    g.add_argument("--steps", type=at_least(1), help="stop after so many steps; the schedule stays")
-    g.add_argument(
-        "--benchmark", type=at_least(1), metavar="STEPS", help="time so many steps; no training"
+    train.add_flags(
+        parser,
+        "the run",
+        ("--out", str, None, "folder for everything written; None = TASK/ beside --checkpoint"),
+        *train.RUN_FLAGS,
     )
     return parser
 
 
 def parse_args(argv=None):
-    """Command line -> namespace, complete but for what `read_weights` and `build_data` add.
+    """Command line -> namespace, complete but for what a checkpoint and the data settle.
 
     Ends with status 2 on a conflict.
     """
@@ -649,21 +809,26 @@ def parse_args(argv=None):
     if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**DEMO)  # flags that are given still win
     args = parser.parse_args(argv)
-    if args.benchmark and args.checkpoint is None:
-        args.checkpoint = "none"
-    if args.checkpoint is None:
+    if args.benchmark and args.checkpoints is None:
+        args.checkpoints = ["none"]
+    if args.checkpoints is None:
         fail("--checkpoint is missing: give a file, or none for random weights; or try --demo")
-    if args.eval and args.checkpoint == "none":
-        fail("--eval measures a checkpoint of finetune.py; give one with --checkpoint")
-    if args.benchmark and args.task == "knn":
-        fail("--benchmark times training steps, and --task knn has none")
+    args.checkpoint = args.checkpoints[0]
+    if len(args.checkpoints) > 1 and (args.task != "reconstruct" or args.export):
+        fail("only --task reconstruct takes several checkpoints; give one")
+    if args.checkpoint == "none" and (args.eval or args.export or args.task == "reconstruct"):
+        fail("random weights are nothing to measure or export; give a file with --checkpoint")
+    if args.eval and args.task == "reconstruct":
+        fail("--eval measures a classifier; --task reconstruct measures by itself")
+    if args.benchmark and args.task not in ("linear", "finetune"):
+        fail(f"--benchmark times training steps, and --task {args.task} has none")
     for name, value in TASKS[args.task].items():
         if getattr(args, name) is None:
             random = name == "layer_decay" and args.checkpoint == "none"
             setattr(args, name, 1.0 if random else value)
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs * 10 / 130
-    args.lr = args.lr or args.blr * images_per_step(args) / 256
+    args.lr = args.lr or args.blr * train.images_per_step(args) / 256
     beside = "runs/none" if args.checkpoint == "none" else Path(args.checkpoint).parent
     args.out = args.out or str(Path(beside) / args.task)
     if sum(v is not None for v in (args.fraction, args.shots, args.limit_images)) > 1:
@@ -671,10 +836,9 @@ def parse_args(argv=None):
     for name in ("fraction", "crop_min", "layer_decay", "label_smoothing", "drop_path"):
         value, below = getattr(args, name), name in ("label_smoothing", "drop_path")
         if value is not None and (value > 1 or (below and value == 1)):
-            fail(
-                f"--{name.replace('_', '-')} {value} must be {'below 1' if below else '1 or less'}"
-            )
-    if args.task == "linear" and images_per_step(args) // args.accum < 2:
+            most = "below 1" if below else "1 or less"
+            fail(f"--{name.replace('_', '-')} {value} must be {most}")
+    if args.task == "linear" and train.images_per_step(args) // args.accum < 2:
         fail("--batch-size 1 leaves the probe's batch normalisation no variance; give 2 or more")
     if args.rand_augment > 10:
         fail(f"--rand-augment {args.rand_augment} is beyond 10, the strongest")
@@ -686,58 +850,42 @@ def parse_args(argv=None):
 # ---- Main ----------------------------------------------------------------------------------------
 
 
-def measure(args, device, rank):
-    """Do what --task or --eval says -> (signal that ended it or 0, top-1 in per cent)."""
-    weights = read_weights(args)
-    train_set, val_set = build_data(args)
-    run, out = build_run(args, weights, len(args.classes), device), Path(args.out)
+def classify(args, device):
+    """--task linear, finetune, knn, or --eval -> (signal that ended it or 0, top-1 in per cent)."""
+    weights, args = open_checkpoint(args)
+    train_set, val_set, args = build_data(args)
     if args.eval:
+        run = build_run(args, weights, device)
         row = evaluate(run, shard(val_set, args), [])
-        report(row)
+        train.write_row(row)
     elif args.task == "knn":
+        run, out = build_run(args, weights, device), Path(args.out)
         if is_main():
-            start_output(out, 0)  # a new log
+            train.start_output(out, 0)  # a new log
         row = measure_knn(run, train_set, val_set, args)
-        report({"epoch": 0, "training_images": len(train_set), **row}, out)
+        train.write_row({"epoch": 0, "training_images": len(train_set), **row}, out)
     else:
-        val = (shard(val_set, args), [])
-
-        def gradients(batches, progress):
-            return accumulate(run, batches, progress, args)
-
-        def end_epoch(progress, lr):
-            finish_epoch(run, progress, lr, val, args)
-
-        run.classifier.train()
-        stopped, progress = fit(
-            run, train_set, rank, args,
-            schedule=set_learning_rates, gradients=gradients, update=update, end_epoch=end_epoch,
-            must_fit=ARGUMENTS_THAT_MUST_FIT, script="finetune.py",
-        )  # fmt: skip
-        return stopped, progress.get("best", 0.0)
+        return train_classifier(args, weights, train_set, val_set, device)
     return 0, row["top1"]
 
 
-def demo(args, device, rank):
+def demo(args, device):
     """k-NN and linear top-1 of the demo's encoder and of random weights; prints a table."""
     if not Path(args.checkpoint).exists():
         fail(f"{args.checkpoint} does not exist: run `python train.py --demo` first")
-    sizes, lines = {}, []
-    for checkpoint in (args.checkpoint, "none"):
+    _, settled = open_checkpoint(args)
+    sizes, lines = {k: getattr(settled, k) for k in ("model", "image_size", "patch_size")}, []
+    for checkpoint, name in ((args.checkpoint, "pre-trained"), ("none", "random weights")):
         results = []
         for task in ("knn", "linear"):
-            kind = "random" if checkpoint == "none" else "pretrained"
-            out = f"{args.out}/{task}_{kind}"
-            one = argparse.Namespace(**vars(args) | sizes)
-            one.checkpoint, one.task, one.out = checkpoint, task, out
-            stopped, top1 = measure(one, device, rank)
+            out = f"{args.out}/{task}_{name.split()[0].replace('-', '')}"
+            own = sizes | {"checkpoint": checkpoint, "task": task, "out": out}
+            stopped, top1 = classify(argparse.Namespace(**vars(args) | own), device)
             if stopped:
                 return stopped
             results.append(top1)
-        sizes = {name: getattr(one, name) for name in ("model", "image_size", "patch_size")}
-        name = "random weights" if checkpoint == "none" else "pre-trained"
         lines.append(f"{name:15}  {results[0]:5.1f}  {results[1]:6.1f}")
-    say(f"top-1, %         k-NN  linear    (chance: {100 / len(one.classes):.1f})")
+    say(f"top-1, %         k-NN  linear    (chance: {100 / len(data.SHAPE_CLASSES):.1f})")
     for line in lines:
         say(line)
     say("next: your own, python finetune.py --checkpoint runs/LOSS/checkpoint.pt --data PATH")
@@ -746,18 +894,22 @@ def demo(args, device, rank):
 
 def main(argv=None):
     args = parse_args(argv)
-    device, rank, world = start_processes()
+    if args.export:
+        return export(args)
+    device, _, _ = train.start_processes()
+    stopped = 0
     if args.benchmark:
-        return benchmark(args, device, world)
-    stopped = demo(args, device, rank) if args.demo else measure(args, device, rank)[0]
+        benchmark(args, device)
+    elif args.demo:
+        stopped = demo(args, device)
+    elif args.task == "reconstruct":
+        measure_reconstructions(args, device)
+    else:
+        stopped, _ = classify(args, device)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 128 + stopped if stopped else 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except torch.OutOfMemoryError:
-        message = "the GPU's memory is full: lower --batch-size (and raise --accum as much)"
-        fail(message, everywhere=True)
+    train.run_script(main)

@@ -1,10 +1,12 @@
-"""Losses of Perceptual MAE (paper sec. 3.1, eq. 1-6), gradient regularisers (sec. 3.2), metrics.
+"""Losses of Perceptual MAE (paper sec. 3.1, eq. 1-7), gradient regularisers (sec. 3.2), metrics.
 
 To copy: this file needs torch alone. Images are float (B, 3, H, W) in [0, 1]; masks are (B, N)
 with 1 = hidden; feature maps come as lists of (B, C_j, H_j, W_j). Every loss returns a scalar, in
 float32 whatever the autocast.
 
-`LOSSES` is the one table from which `train.py --loss` chooses.
+`LOSSES` is the one table from which `train.py --loss` chooses. Reads down: the pixel terms (MAE's
+masked MSE, eq. 1, eq. 2), the perceptual term (eq. 3), the adversarial pair (eq. 4 and 5), the
+regularisers, then metrics.
 """
 
 import math
@@ -12,25 +14,11 @@ import math
 import torch
 from torch.nn import functional as F
 
-
-def row(pixel="l1", features=None, adversary=None, weight=1.0, ada=False, path=False, arch="mae"):
-    """One row of LOSSES; the defaults are what most rows share."""
-    return {
-        "pixel": pixel,
-        "features": features,
-        "adversary": adversary,
-        "weight": weight,
-        "ada": ada,
-        "path": path,
-        "arch": arch,
-    }
-
-
 # Each row is one loss of the paper, Tables 1 to 3; vgg_p, for comparison, is the classic perceptual
 # loss (Johnson et al. 2016) in the form of eq. 7:
 #   pixel      what compares pixels: masked MSE (MAE's), MS-SSIM + L1 (eq. 2), or L1 (eq. 1)
-#   features   the loss network phi of eq. 3: None; "disc", the discriminator itself; or a network
-#              with published weights, "dvae" (eq. 7) or "vgg"
+#   phi        the loss network of eq. 3: None; "disc", the discriminator itself; or a network with
+#              published weights, "dvae" (eq. 7) or "vgg"
 #   adversary  D of the least-squares pair (eq. 4 and 5): None, "conv", "msg" or "stylegan2"; the
 #              last two judge images at every scale
 #   weight     of the adversarial term, eq. 5, in eq. 6. DIFFERS: the paper's is 1 in every row;
@@ -40,18 +28,18 @@ def row(pixel="l1", features=None, adversary=None, weight=1.0, ada=False, path=F
 #   ada        adaptive augmentation of all that D sees (sec. 3.2)
 #   path       path-length regularisation of G (sec. 3.2)
 #   arch       the autoencoder that the paper pairs with the loss
+ROW = dict(pixel="l1", phi=None, adversary=None, weight=1.0, ada=False, path=False, arch="mae")
+MSG = ROW | dict(adversary="msg", weight=0.1, arch="msg_mae")
 LOSSES = {
-    "mse": row(pixel="mse"),
-    "ms_ssim": row(pixel="ms_ssim_l1"),
-    "ls_gan": row(adversary="conv"),
-    "ls_gan_p": row(adversary="conv", features="disc"),
-    "msg_gan": row(adversary="msg", weight=0.1, arch="msg_mae"),
-    "msg_gan_p": row(adversary="msg", features="disc", weight=0.1, arch="msg_mae"),
-    "stylegan2_ada_p": row(
-        adversary="stylegan2", features="disc", weight=0.1, ada=True, path=True, arch="msg_mae"
-    ),
-    "dvae_p": row(features="dvae"),
-    "vgg_p": row(features="vgg"),
+    "mse": ROW | dict(pixel="mse"),
+    "ms_ssim": ROW | dict(pixel="ms_ssim_l1"),
+    "ls_gan": ROW | dict(adversary="conv"),
+    "ls_gan_p": ROW | dict(adversary="conv", phi="disc"),
+    "msg_gan": MSG,
+    "msg_gan_p": MSG | dict(phi="disc"),
+    "stylegan2_ada_p": MSG | dict(adversary="stylegan2", phi="disc", ada=True, path=True),
+    "dvae_p": ROW | dict(phi="dvae"),
+    "vgg_p": ROW | dict(phi="vgg"),
 }
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -62,11 +50,22 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def pyramid(images, scales):
-    """Images (B, 3, H, W) -> [(B, 3, H, W), (B, 3, H/2, W/2), ...], finest first, by averaging."""
+    """Images (B, 3, H, W) -> [(B, 3, H, W), (B, 3, H/2, W/2), ...], finest first, by averaging.
+
+    The targets of a multi-scale G, and what a multi-scale D sees of a real image (sec. 3.2).
+    """
     levels = [images]
     while len(levels) < scales:
         levels.append(F.avg_pool2d(levels[-1], 2))
     return levels
+
+
+def per_channel(values, like):
+    """Three numbers -> (3, 1, 1) of the type and device of `like`.
+
+    Filled on the device: `like.new_tensor(values)` would copy from the CPU and make it wait.
+    """
+    return torch.cat([like.new_full((1, 1, 1), value) for value in values])
 
 
 # ---- Masked MSE: the original MAE ----------------------------------------------------------------
@@ -96,14 +95,28 @@ def masked_mse(reconstruction, images, mask, patch_size, norm_pix=False):
     values compare with published ones. norm_pix: each target patch is normalised by its own mean
     and deviation, and the reconstruction is what should match that.
     """
-    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = per_channel(IMAGENET_MEAN, images), per_channel(IMAGENET_STD, images)
     prediction = patchify((reconstruction.float() - mean) / std, patch_size)
     target = patchify((images.float() - mean) / std, patch_size)
     if norm_pix:
         patch_mean, patch_std = patch_statistics(target)
         target = (target - patch_mean) / patch_std
     per_patch = (prediction - target).square().mean(dim=2)  # (B, N)
-    return (per_patch * mask).sum() / mask.sum()
+    return (per_patch * mask).sum() / mask.sum()  # visible patches give no gradient
+
+
+# ---- L1 (eq. 1) ----------------------------------------------------------------------------------
+
+
+def normalised_l1(reconstruction, images):
+    """L1 of the full image, visible patches included. PAPER: first term of eq. 1, 6 and 7.
+
+    PAPER SILENT: its unit, and whether its norm is a sum. Ours is the mean over pixels, so that
+    weights do not depend on the image size, in ImageNet-normalised units, those the MAE predicts
+    in (the authors' code: the same, but counted twice).
+    """
+    difference = reconstruction.float() - images.float()  # the mean colour cancels
+    return (difference / per_channel(IMAGENET_STD, difference)).abs().mean()
 
 
 # ---- MS-SSIM + L1 (eq. 2) ------------------------------------------------------------------------
@@ -112,13 +125,13 @@ def masked_mse(reconstruction, images, mask, patch_size, norm_pix=False):
 def ssim_map(x, y, window):
     """Structural similarity (Wang et al. 2004) of every window that fits in the image.
 
-    x, y: (B, C, H, W) in [0, 1]. window: (k, k), weights that sum to 1. Returns
-    (B, C, H - k + 1, W - k + 1) in [-1, 1]; 1 = equal. Population variances; constants for a
-    data range of 1.
+    x, y: (B, C, H, W) in [0, 1]. window: (k, k), weights that sum to 1, of x's type and device.
+    Returns (B, C, H - k + 1, W - k + 1) in [-1, 1]; 1 = equal. Population variances; constants
+    for a data range of 1.
     """
     C1, C2 = 0.01**2, 0.03**2
     C = x.shape[1]
-    kernel = window.to(x).expand(C, 1, -1, -1)
+    kernel = window.expand(C, 1, -1, -1)  # the same window for each channel
 
     def mean(v):
         return F.conv2d(v, kernel, groups=C)
@@ -149,7 +162,7 @@ def ms_ssim_l1(reconstruction, images, alpha=0.85, scales=4):
     # Variances are differences of squares: half precision would lose them (its error rivals C2).
     with torch.autocast(images.device.type, enabled=False):
         x, y = reconstruction.float(), images.float()
-        window = torch.full((3, 3), 1 / 9)
+        window = x.new_full((3, 3), 1 / 9)
         total = 0
         for scale in range(scales):
             if scale:
@@ -159,7 +172,34 @@ def ms_ssim_l1(reconstruction, images, alpha=0.85, scales=4):
         return total / scales
 
 
-# ---- Feature and style terms (eq. 3) -------------------------------------------------------------
+# ---- The pixel term of a row ---------------------------------------------------------------------
+
+
+def pixel_loss(kind, fakes, reals, mask, *, patch_size, norm_pix=False, alpha=0.85):
+    """The pixel term of a LOSSES row, before its weight: scalar, the mean over the scales.
+
+    kind: "mse" (masked), "ms_ssim_l1" (eq. 2) or "l1" (eq. 1). fakes, reals: reconstructions and
+    images, [(B, 3, H, W), (B, 3, H/2, W/2), ...] in [0, 1]. mask: (B, N), the patches of
+    patch_size pixels that were hidden. norm_pix: see `masked_mse`; alpha: see `ms_ssim_l1`.
+
+    PAPER SILENT: whether the pixel term covers one scale or all of them; here all.
+    """
+    terms = []
+    for level, (fake, real) in enumerate(zip(fakes, reals, strict=True)):
+        if kind == "mse":
+            # Coarser scales shrink to patches of one pixel, whose deviation is 0: no norm_pix.
+            norm_here = norm_pix and level == 0
+            terms.append(masked_mse(fake, real, mask, patch_size >> level, norm_here))
+        elif kind == "ms_ssim_l1":
+            fitting = min(4, (real.shape[2] // 3).bit_length())  # halvings down to a 3 px window
+            if fitting:
+                terms.append(ms_ssim_l1(fake, real, alpha=alpha, scales=fitting))
+        else:
+            terms.append(normalised_l1(fake, real))
+    return sum(terms) / len(terms)
+
+
+# ---- The perceptual term (eq. 3) -----------------------------------------------------------------
 
 
 def gram(features):
@@ -187,17 +227,23 @@ def style_loss(features_fake, features_real):
     """Second sum of eq. 3: sum over layers of the mean |Psi(phi^j(G(I_m))) - Psi(phi^j(I))|.
 
     PAPER SILENT: N_j, "the number of elements in each layer", is here the number of elements of
-    what is compared, C_j^2 for a Gram matrix. Taking C_j H_j W_j for it would weigh layer j by
-    C_j / (H_j W_j) more: at 224 px from .005 in the first layer to 10 in the last.
+    what is compared, C_j^2 for a Gram matrix. Taking C_j H_j W_j for it would multiply layer j's
+    weight by C_j / (H_j W_j): at 224 px by .005 in the first layer, by 10 in the last.
     """
     pairs = zip(features_fake, features_real, strict=True)
     return sum(F.l1_loss(gram(fake), gram(real.detach())) for fake, real in pairs)
 
 
-def feature_style_loss(features_fake, features_real, delta_f=0.05, delta_s=40.0):
-    """L_feat^G. PAPER: eq. 3, with the weights of sec. 4: delta_f .05, delta_s 40."""
-    feature = feature_loss(features_fake, features_real)
-    return delta_f * feature + delta_s * style_loss(features_fake, features_real)
+def perceptual_terms(features_fake, features_real, delta_f=0.05, delta_s=40.0):
+    """L_feat^G. PAPER: eq. 3, with the weights of sec. 4: delta_f .05, delta_s 40.
+
+    features_fake, features_real: [phi^1, ..., phi^J] of G(I_m) and of I, from the same phi.
+    Returns its two weighted sums by name: {"feature": scalar, "style": scalar}.
+    """
+    return {
+        "feature": delta_f * feature_loss(features_fake, features_real),
+        "style": delta_s * style_loss(features_fake, features_real),
+    }
 
 
 # ---- Least-squares adversarial pair (eq. 4 and 5) ------------------------------------------------
@@ -223,7 +269,7 @@ def lsgan_g_loss(logits_fake):
 
 
 def r1_penalty(logits_real, reals):
-    """R1 (Mescheder et al. 2018): squared gradient of D at real images, times gamma / 2 outside.
+    """R1 (Mescheder et al. 2018): squared gradient of D at real images; the caller weighs it.
 
     logits_real: (B,), computed from `reals`; reals: [(B, 3, h, w)], one leaf per scale with
     requires_grad, as they were before augmentation. Returns: scalar, the mean over batch and
@@ -236,35 +282,35 @@ def r1_penalty(logits_real, reals):
     return torch.stack([g.float().square().sum(dim=(1, 2, 3)) for g in grads]).mean()
 
 
-def path_lengths(features, z, noise):
+def path_lengths(features, z, probe):
     """How far D's features move with the decoder's input, per sample: (B,), with a graph.
 
     PAPER: sec. 3.2, "perceptual path regularisation between the decoder input and discriminator
     feature maps". A random direction in feature space, s = sum_j <phi^j, eps_j> / sqrt(J N_j), has
-    the slope g = ds/dz; the length is a = sqrt(mean_l sum_d g^2), and E a^2 is D times the mean
-    squared entry of the maps' Jacobians. The divisors give every map the same share of the noise's
+    the slope g = ds/dz; the length is a = sqrt(mean_l sum_d g^2), and E a^2 is d times the mean
+    squared entry of the maps' Jacobians. The divisors give every map the same share of the probe's
     energy.
 
     features: J maps (B, C_j, h_j, w_j) of D at the reconstruction, N_j = C_j h_j w_j
-    z:        (B, L, D) decoder input that `features` were computed from
-    noise:    J tensors shaped as `features`, from N(0, I), drawn by the caller
+    z:        (B, L, d) decoder input that `features` were computed from
+    probe:    J tensors eps_j shaped as `features`, from N(0, I), drawn by the caller
 
     Attention must run its forward under sdpa_kernel(SDPBackend.MATH): the fused kernels have no
     second derivative. D must not be under no_grad.
     """
     shares = [math.sqrt(len(features) * f[0].numel()) for f in features]
-    s = sum((f.float() * e / n).sum() for f, e, n in zip(features, noise, shares, strict=True))
+    s = sum((f.float() * e / n).sum() for f, e, n in zip(features, probe, shares, strict=True))
     (g,) = torch.autograd.grad(s, z, create_graph=True)  # samples are independent: one call
     return (g.float().square().sum(dim=2).mean(dim=1) + 1e-8).sqrt()  # sqrt(0) has slope inf
 
 
 def path_length_penalty(lengths, mean):
-    """Penalty 2 mean((a / mean - 1)^2) on lengths a (B,) away from their running mean (detached).
+    """Penalty mean((a / mean - 1)^2) on lengths a (B,) away from their running mean (detached).
 
     PAPER SILENT: its scale. Relative to the mean, because the size of a depends on L and on D's
     features; StyleGAN2 penalises the absolute (a - mean)^2.
     """
-    return 2 * (lengths / mean - 1).square().mean()
+    return (lengths / mean - 1).square().mean()
 
 
 # ---- Image metrics -------------------------------------------------------------------------------
@@ -291,7 +337,7 @@ def ssim(x, y, weight=None):
     float64, since variances of flat windows are differences of nearly equal numbers.
     weight: (B, 1, H, W), which window centres count; None = all.
     """
-    offsets = torch.arange(-5, 6, dtype=torch.float64)
+    offsets = torch.arange(-5, 6, dtype=torch.float64, device=x.device)
     gaussian = torch.exp(-(offsets**2) / (2 * 1.5**2))
     window = torch.outer(gaussian, gaussian)
     values = ssim_map(x.double(), y.double(), window / window.sum()).mean(dim=1, keepdim=True)
@@ -379,7 +425,7 @@ def frechet_distance(mean_x, cov_x, mean_y, cov_y):
     |mean_x - mean_y|^2 + Tr(cov_x + cov_y - 2 (cov_x cov_y)^(1/2)), float64. The root's trace is
     taken from the eigenvalues of R^T cov_y R with cov_x = R R^T: real and symmetric, where a root
     of the product itself is neither. Directions without variance, which any set of fewer images
-    than features has, are dropped: the root would blow their rounding errors up.
+    than features has, are dropped: the root would magnify their rounding errors.
     """
 
     def positive(eigenvalues):

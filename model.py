@@ -13,11 +13,14 @@ loads into timm's ViT.
     reconstructions, mask = mae(images, mask_ratio=0.75)   # [(B, 3, 224, 224)], (B, 196)
 """
 
+import argparse
 import functools
+import itertools
 import math
 import pickle
 import re
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -63,16 +66,22 @@ DISCRIMINATOR_ADAM = {
 # ---- Pixels and patches --------------------------------------------------------------------------
 
 
+def per_channel(values, like):
+    """Three numbers -> (3, 1, 1) of the type and device of `like`.
+
+    Filled on the device: `like.new_tensor(values)` would copy from the CPU and make it wait.
+    """
+    return torch.cat([like.new_full((1, 1, 1), value) for value in values])
+
+
 def imagenet_normalize(images):
     """Images (B, 3, H, W) in [0, 1] -> zero mean, unit variance per channel over ImageNet."""
-    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images - mean) / std
+    return (images - per_channel(IMAGENET_MEAN, images)) / per_channel(IMAGENET_STD, images)
 
 
 def imagenet_denormalize(images):
     """Inverse of `imagenet_normalize`: back to [0, 1] units, not clamped."""
-    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return images * std + mean
+    return images * per_channel(IMAGENET_STD, images) + per_channel(IMAGENET_MEAN, images)
 
 
 def unpatchify(patches, patch_size):
@@ -99,18 +108,21 @@ def sincos_positions(width, side):
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), grid])[None].float()
 
 
-def random_masking(noise, mask_ratio):
+def random_masking(mask_noise, mask_ratio):
     """Hide a random subset of each sample's patches: those with the largest noise.
 
-    noise: (B, N), any distribution without ties. Returns ids_keep (B, K), the visible patches;
+    mask_noise: (B, N), any distribution without ties. Returns ids_keep (B, K), the visible patches;
     ids_restore (B, N), which undoes the shuffle "visible first, then hidden"; and mask (B, N),
     1 = hidden, 0 = visible. K = int(N * (1 - mask_ratio)), as in the published MAE.
+    PAPER: sec. 4, "we mask 75% of input patches".
     """
-    B, N = noise.shape
+    B, N = mask_noise.shape
     K = int(N * (1 - mask_ratio))
-    ids_shuffle = noise.argsort(dim=1)
-    ids_restore = ids_shuffle.argsort(dim=1)
-    mask = (ids_restore >= K).float()  # a patch is hidden if its rank is K or more
+    # Sorting noise shuffles each sample by itself, in one call for the batch; every sample keeps
+    # equally many patches, so that the visible ones are again one tensor.
+    ids_shuffle = mask_noise.argsort(dim=1)  # (B, N)
+    ids_restore = ids_shuffle.argsort(dim=1)  # (B, N), each patch's place in the shuffle
+    mask = (ids_restore >= K).float()  # a patch is hidden if its place is K or later
     return ids_shuffle[:, :K], ids_restore, mask
 
 
@@ -138,12 +150,13 @@ class Attention(nn.Module):
         """Queries, keys and values of (B, N, C): (B, heads, N, C / heads) each."""
         B, N, C = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, C // self.heads)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)  # three of (B, heads, N, C / heads)
 
     def forward(self, x):
         q, k, v = self.split(x)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(attended.transpose(1, 2).reshape(x.shape))
+        # softmax(q k^T / sqrt(C / heads)) v, without ever storing the N x N weights
+        attended = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C / heads)
+        return self.proj(attended.transpose(1, 2).reshape(x.shape))  # heads side by side again
 
     def weights(self, x):
         """Softmax weights (B, heads, N, N), each row adding up to 1; `forward` never forms them."""
@@ -209,7 +222,7 @@ class PatchEmbed(nn.Module):
     def forward(self, images, ids_keep=None):
         B, _, H, W = images.shape
         p = self.patch_size
-        x = images.view(B, 3, H // p, p, W // p, p)
+        x = images.view(B, 3, H // p, p, W // p, p)  # rows and columns, split into patches
         x = x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, 3 * p * p)  # (B, N, 3pp), the weight's order
         if ids_keep is not None:
             x = x.gather(1, ids_keep[:, :, None].expand(-1, -1, x.shape[2]))  # (B, K, 3pp)
@@ -242,25 +255,26 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def encode(self, images, ids_keep=None, outputs=None):
-        """Images (B, 3, H, W) in [0, 1] -> tokens (B, 1 + K, C), CLS first, after the final norm.
+    def encode(self, images, ids_keep=None, levels=()):
+        """Images (B, 3, H, W) in [0, 1] -> (tokens (B, 1 + K, C), [the levels asked for]).
 
-        ids_keep: (B, K), the patches to look at; None = all N. outputs: a dict that receives each
-        block's output, before that norm, under its number from 1.
+        Tokens: CLS first, after the final norm. ids_keep: (B, K), the patches to look at; None =
+        all N. levels: numbers of blocks whose outputs, (B, 1 + K, C) without that norm, are wanted
+        in this order; blocks count from 1, and level 0 is what enters the first.
         """
-        images = imagenet_normalize(images)
-        x = self.patch_embed(images, ids_keep)  # (B, K, C)
-        positions = self.pos_embed[:, 1:]  # CLS's is zero
+        x = self.patch_embed(imagenet_normalize(images), ids_keep)  # (B, K, C)
+        # Positions tell the tokens apart: attention itself does not see their order. CLS's is 0.
+        positions = self.pos_embed[:, 1:]  # (1, N, C)
         x = x + (positions if ids_keep is None else positions[0][ids_keep])
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + K, C)
-        for number, block in enumerate(self.blocks, start=1):
-            x = block(x)
-            if outputs is not None:
-                outputs[number] = x
-        return self.norm(x)
+        outputs = [x]
+        for block in self.blocks:
+            outputs.append(block(outputs[-1]))
+        return self.norm(outputs[-1]), [outputs[number] for number in levels]
 
     def forward(self, images):
-        return self.encode(images)
+        """Images (B, 3, H, W) in [0, 1] -> tokens (B, 1 + N, C), CLS first."""
+        return self.encode(images)[0]
 
     def cls_attention(self, images):
         """Where CLS looks in the last block (paper, Figure 3): (B, heads, side, side).
@@ -268,10 +282,8 @@ class ViT(nn.Module):
         images: (B, 3, H, W) in [0, 1], nothing hidden. A map's values, with the weight that CLS
         keeps for itself, add up to 1.
         """
-        outputs = {}
-        self.encode(images, outputs=outputs)
         last = self.blocks[-1]
-        x = outputs[len(self.blocks) - 1]  # what the last block takes
+        _, [x] = self.encode(images, levels=[len(self.blocks) - 1])  # what the last block takes
         return last.attn.weights(last.norm1(x))[:, :, 0, 1:].unflatten(2, (self.side, self.side))
 
 
@@ -299,12 +311,14 @@ class MAE(ViT):
         decoder_heads,
         scales=1,  # images that come out; 1 = the published MAE
     ):
+        # The encoder, which is all that is kept after pre-training ...
         super().__init__(
             image_size=image_size, patch_size=patch_size, width=width, depth=depth, heads=heads
         )
-        if not 1 <= scales <= patch_size.bit_length():
-            raise ValueError(f"{scales} scales, but patches of {patch_size} px can only be halved "
-                             f"to {patch_size.bit_length()}")  # fmt: skip
+        most = patch_size.bit_length()  # 16 px patches: 16, 8, 4, 2, 1
+        if not 1 <= scales <= most:
+            raise ValueError(f"{scales} scales, but {patch_size} px patches halve to {most} only")
+        # ... and the decoder: narrower and shallower, since it is thrown away.
         self.decoder_embed = linear(width, decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
         self.register_buffer("decoder_pos_embed", sincos_positions(decoder_width, self.side))
@@ -321,64 +335,70 @@ class MAE(ViT):
         )
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, images, mask_ratio=0.75, noise=None):
-        """Hide patches, reconstruct the image.
+    def forward(self, images, mask_ratio=0.75, mask_noise=None):
+        """Hide patches, reconstruct the image: G(I_m).
 
-        images: (B, 3, H, W) in [0, 1]. noise: (B, N) fixes the mask (see `random_masking`);
+        images: (B, 3, H, W) in [0, 1]. mask_noise: (B, N) fixes the mask (see `random_masking`);
         None draws it. Returns ([reconstruction (B, 3, h, w), ...], mask (B, N) with 1 = hidden).
-        The list holds one image a scale, finest first: H, H/2, H/4, ... Values are in [0, 1]
+        The list holds one image per scale, finest first: H, H/2, H/4, ... Values are in [0, 1]
         units, float32, unclamped.
         """
-        if noise is None:
-            noise = torch.rand(len(images), self.side**2, device=images.device)
-        ids_keep, ids_restore, mask = random_masking(noise, mask_ratio)
-        return self.decode(self.decoder_inputs(images, ids_keep, ids_restore)), mask
-
-    def encode_levels(self, images, ids_keep):
-        """What the decoder takes of the encoder: here its output alone, [(B, 1 + K, C)]."""
-        return [self.encode(images, ids_keep)]
+        if mask_noise is None:
+            mask_noise = torch.rand(len(images), self.side**2, device=images.device)
+        ids_keep, ids_restore, mask = random_masking(mask_noise, mask_ratio)
+        inputs = self.decoder_inputs(images, ids_keep, ids_restore)  # the encoder sees K patches
+        return self.decode(inputs), mask
 
     def decoder_inputs(self, images, ids_keep, ids_restore):
         """-> [the decoder's input, then the skips if there are any], (B, 1 + N, d) each."""
-        levels = self.encode_levels(images, ids_keep)
-        return [self.to_decoder(level, ids_restore) for level in levels]
+        tokens, _ = self.encode(images, ids_keep)  # (B, 1 + K, C)
+        return [self.to_decoder(tokens, ids_restore)]
+
+    def to_decoder(self, x, ids_restore):
+        """Encoder tokens (B, 1 + K, C) -> the decoder's (B, 1 + N, d), mask tokens where hidden.
+
+        PAPER: sec. 3.3, "mask tokens are added to the encoder feature maps of dimension d along
+        with positional embeddings".
+        """
+        x = self.decoder_embed(x)  # (B, 1 + K, d)
+        B, _, d = x.shape
+        # One learnt token stands for every hidden patch; its position alone says which.
+        hidden = self.mask_token.expand(B, 1 + ids_restore.shape[1] - x.shape[1], -1).to(x.dtype)
+        tokens = torch.cat([x[:, 1:], hidden], dim=1)  # (B, N, d), visible first
+        tokens = tokens.gather(1, ids_restore[:, :, None].expand(-1, -1, d))  # in image order
+        return torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed
 
     def decode(self, inputs):
         """What `decoder_inputs` returns -> the list of reconstructions that `forward` returns."""
         maps = [inputs[0]]  # the decoder's input and the output of each block, (B, 1 + N, d)
-        for k, block in enumerate(self.decoder_blocks):
-            maps.append(block(self.fuse(maps[-1], inputs, k)))
+        for number, block in enumerate(self.decoder_blocks, start=1):
+            maps.append(block(self.fuse(maps[-1], inputs, number)))
         # PAPER: sec. 3.3, each block's result is "simultaneously converted to an RGB image at the
         # required scale": the finest image from the last block, the next from the block before.
         # PAPER SILENT: scales beyond the number of blocks come from the decoder's input.
         heads = [nn.Sequential(self.decoder_norm, self.decoder_pred), *self.decoder_rgb]
         images = []
         for level, head in enumerate(heads):
-            x = head(maps[max(0, len(maps) - 1 - level)][:, 1:])  # (B, N, 3pp), CLS dropped
-            # float32 from here on: losses compare pixels, and half precision cannot resolve them.
-            x = unpatchify(x.float(), self.patch_size >> level)
-            images.append(imagenet_denormalize(x))
+            x = maps[max(0, len(maps) - 1 - level)][:, 1:]  # (B, N, d), CLS dropped
+            # float32 whatever the autocast: losses compare pixels, and a bf16 step near 1 is .004,
+            # a whole grey level of 255.
+            with torch.autocast(x.device.type, enabled=False):
+                x = head(x.float())  # (B, N, 3pp) with p = patch_size / 2^level
+            images.append(imagenet_denormalize(unpatchify(x, self.patch_size >> level)))
         return images
 
-    def to_decoder(self, x, ids_restore):
-        """Encoder tokens (B, 1 + K, C) -> the decoder's (B, 1 + N, d), mask tokens where hidden."""
-        x = self.decoder_embed(x)
-        B, _, d = x.shape
-        hidden = self.mask_token.expand(B, 1 + ids_restore.shape[1] - x.shape[1], -1).to(x.dtype)
-        tokens = torch.cat([x[:, 1:], hidden], dim=1)  # (B, N, d), visible first
-        tokens = tokens.gather(1, ids_restore[:, :, None].expand(-1, -1, d))  # in image order
-        return torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed
-
-    def fuse(self, x, inputs, k):
-        """What block k of the decoder takes: here its predecessor's output alone."""
+    def fuse(self, x, inputs, number):
+        """What decoder block `number`, from 1, takes: here its predecessor's output alone."""
         return x
 
 
 class MSGMAE(MAE):
     """MSG-MAE: skip connections from encoder levels to decoder blocks. PAPER: sec. 3.3, Figure 1.
 
-    Decoder block k > 1 takes its predecessor's map concatenated with an encoder level, brought
-    back from 2d to d by one linear layer. The encoder is MAE's, under the same names.
+    Multi-scale losses reach every decoder block; without skips they reach the encoder, the part
+    that is kept, through the decoder's input alone. Decoder block k > 1 takes its predecessor's
+    map concatenated with an encoder level, brought back from 2d to d by one linear layer. The
+    encoder is MAE's, under the same names.
     """
 
     def __init__(self, *, depth, decoder_width, decoder_depth, **sizes):
@@ -387,11 +407,12 @@ class MSGMAE(MAE):
         )
         # PAPER SILENT: which levels, where encoder and decoder differ in depth. Evenly spaced,
         # deep to shallow, from the last but one to the first (the last is the decoder's input).
-        # The authors' code: the last seven but one, so that the shallow ones have no skip.
+        # ViT-B's blocks 2 to 8 take levels 11, 9, 8, 6, 4, 3, 1.
+        # The authors' code: levels 11 to 5; the first four get no skip.
         steps = decoder_depth - 1
         self.skip_levels = [
             round(depth - 1 - i * (depth - 2) / max(1, steps - 1)) for i in range(steps)
-        ]  # counted from 1, one for each of blocks 2, 3, ...
+        ]
         self.decoder_fuse = nn.ModuleList(
             linear(2 * decoder_width, decoder_width) for _ in range(steps)
         )
@@ -400,18 +421,20 @@ class MSGMAE(MAE):
             # skips: a random matrix before each block would scramble the residual stream.
             nn.init.eye_(layer.weight.data[:, :decoder_width])
 
-    def encode_levels(self, images, ids_keep):
-        """-> [the encoder's output, then its levels for decoder blocks 2, 3, ...]."""
-        outputs = {}  # of each block, by its number from 1
-        output = self.encode(images, ids_keep, outputs)
+    def decoder_inputs(self, images, ids_keep, ids_restore):
+        """-> [the decoder's input, then the skips of decoder blocks 2, 3, ...]."""
+        tokens, levels = self.encode(images, ids_keep, self.skip_levels)
         # PAPER SILENT: intermediate levels have no norm of their own; without one their scale
         # grows with depth, and `decoder_embed` is shared with the normalised last level.
-        norm = [F.layer_norm(outputs[n], outputs[n].shape[-1:]) for n in self.skip_levels]
-        return [output, *norm]
+        levels = [F.layer_norm(x, x.shape[-1:]) for x in levels]
+        return [self.to_decoder(x, ids_restore) for x in [tokens, *levels]]
 
-    def fuse(self, x, inputs, k):
-        """Block k's input (B, 1 + N, d), k from 0. PAPER: "concatenated", "of length 2d"."""
-        return x if k == 0 else self.decoder_fuse[k - 1](torch.cat([x, inputs[k]], dim=2))
+    def fuse(self, x, inputs, number):
+        """What decoder block `number` takes. PAPER: "concatenated", "of length 2d"."""
+        if number == 1:  # it takes the decoder's input as it is
+            return x
+        both = torch.cat([x, inputs[number - 1]], dim=2)  # (B, 1 + N, 2d)
+        return self.decoder_fuse[number - 2](both)  # (B, 1 + N, d)
 
 
 def build_mae(size, image_size=224, patch_size=16, arch="mae", scales=1):
@@ -500,62 +523,6 @@ class Classifier(nn.Module):
         return [embedding, *(list(b.parameters()) for b in self.encoder.blocks), top]
 
 
-def resize_positions(positions, side):
-    """Position embedding (1, 1 + n*n, C), CLS first -> (1, 1 + side*side, C), bicubic.
-
-    ValueError if the patches are not those of a square image.
-    """
-    _, tokens, C = positions.shape
-    n = math.isqrt(tokens - 1)
-    if n * n != tokens - 1:
-        raise ValueError(f"{tokens - 1} positions are not those of a square image")
-    if n == side:
-        return positions
-    grid = positions[:, 1:].reshape(1, n, n, C).permute(0, 3, 1, 2).float()  # (1, C, n, n)
-    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2).to(positions)], dim=1)
-
-
-def encoder_weights(weights, side):
-    """Weights of an autoencoder, ours or published -> those of a `ViT` of side x side patches.
-
-    weights: {name: tensor}. Leaves out the decoder, resizes the positions, fixed or learnt, and
-    moves CLS's position, which `ViT.encode` takes for zero, into the CLS token. Any other name is
-    kept, for strict loading to judge.
-    """
-    decoder = ("decoder_", "mask_token")
-    weights = {k: v for k, v in weights.items() if not k.startswith(decoder)}
-    if "pos_embed" in weights and "cls_token" in weights:
-        positions = resize_positions(weights["pos_embed"], side)
-        weights["cls_token"] = weights["cls_token"] + positions[:, :1]
-        zero = torch.zeros_like(positions[:, :1])
-        weights["pos_embed"] = torch.cat([zero, positions[:, 1:]], dim=1)
-    return weights
-
-
-def misfits(network, weights, most=None):
-    """How weights {name: tensor} do not fit a network: one line, "" if they do.
-
-    most: list no more than so many names of a kind.
-    """
-    expected = network.state_dict()
-    faults = {
-        "missing": [k for k in expected if k not in weights],
-        "unexpected": [str(k) for k in weights if k not in expected],
-        "of another shape": [
-            f"{k} {list(getattr(v, 'shape', '?'))} for {list(expected[k].shape)}"
-            for k, v in weights.items()
-            if k in expected and getattr(v, "shape", None) != expected[k].shape
-        ],
-    }
-    listed = []
-    for what, names in faults.items():
-        if names:
-            rest = f" and {len(names) - most} more" if most and len(names) > most else ""
-            listed.append(f"{what}: {', '.join(names[:most])}{rest}")
-    return "; ".join(listed)
-
-
 def build_classifier(size, classes, *, image_size, patch_size, pool, frozen, drop=0.0):
     """A classifier of a size in MAE_SIZES; ValueError if the patch size does not fit the image."""
     sizes = {k: MAE_SIZES[size][k] for k in ("width", "depth", "heads")}
@@ -599,7 +566,8 @@ class ConvDiscriminator(nn.Module):
         for layer in self.layers:
             x = F.leaky_relu(layer(x), 0.2)
             features.append(x)
-        return self.head(x.flatten(1)).squeeze(1), features
+        with torch.autocast(x.device.type, enabled=False):  # see `MSGDiscriminator.forward`
+            return self.head(x.float().flatten(1)).squeeze(1), features
 
 
 # ---- Multi-scale discriminator (sec. 3.2, MSG-GAN) -----------------------------------------------
@@ -673,9 +641,12 @@ class MSGDiscriminator(nn.Module):
         for i, block in enumerate(self.blocks, start=1):
             x = block(x)
             features.append(x)
-            if i < len(rgb):
+            if i < len(rgb):  # half of what the next block takes is the image of this size
                 x = torch.cat([x, rgb[i]], dim=1)
-        return self.head(x).squeeze(1), features
+        # float32 whatever the autocast: D's answers differ by less than a half-precision step long
+        # before it is sure of them.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(x.float()).squeeze(1), features
 
 
 # ---- StyleGAN2 discriminator, multi-scale (sec. 3.2, StyleGANv2-ADA) -----------------------------
@@ -722,6 +693,26 @@ class EqualLinear(nn.Module):
         return math.sqrt(2) * F.leaky_relu(x, 0.2) if self.activate else x
 
 
+class LinearMap(torch.autograd.Function):
+    """y = A(x), where A is linear in x and At is its transpose: LinearMap.apply(x, A, At).
+
+    A gradient goes back through a matrix by its transpose, and through the transpose by the
+    matrix. So A and At are each other's backward, to any order, and what they hold (a filter, a
+    grid) gets no gradient. R1 and path lengths differentiate twice, where PyTorch would compute
+    the gradient of Blur's constant kernel all the same, channel by channel, and before 2.12
+    knows no derivative for grid_sample at all.
+    """
+
+    @staticmethod
+    def forward(ctx, x, A, At):
+        ctx.A, ctx.At = A, At
+        return A(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return LinearMap.apply(grad, ctx.At, ctx.A), None, None
+
+
 class Blur(nn.Module):
     """Depthwise [1, 3, 3, 1] low-pass filter of unit sum, zero-padded: no aliasing at stride 2.
 
@@ -735,9 +726,19 @@ class Blur(nn.Module):
         self.stride, self.padding = stride, padding
 
     def forward(self, x):
-        c = x.shape[1]
+        c, h, w = x.shape[1:]
         kernel = self.kernel.expand(c, 1, 4, 4)  # one copy per channel, none stored
-        return F.conv2d(x, kernel, None, self.stride, self.padding, groups=c)
+        # Last rows and columns that a stride of 2 leaves over: the transpose has to restore them.
+        rest = [(side + 2 * self.padding - 4) % self.stride for side in (h, w)]
+        options = dict(stride=self.stride, padding=self.padding, groups=c)
+
+        def blur(x):
+            return F.conv2d(x, kernel.to(x), **options)
+
+        def spread(y):
+            return F.conv_transpose2d(y, kernel.to(y), output_padding=rest, **options)
+
+        return LinearMap.apply(x, blur, spread)
 
 
 class ResidualBlock(nn.Module):
@@ -846,7 +847,7 @@ def build_discriminator(kind, image_size, scales, channels, max_channels):
 
 
 # ---- Adaptive discriminator augmentation (sec. 3.2; Karras et al. 2020) --------------------------
-# Self-contained: to copy it, take this section, `functools`, `math`, torch, nn and F.
+# Self-contained: to copy it, take this section, LinearMap, `functools`, `math`, torch, nn and F.
 
 
 def ada_noise(keys):
@@ -943,11 +944,19 @@ def warp(x, rows, T):
     # Element by element, since a matrix product (F.affine_grid) may run in TF32 or bfloat16.
     T = T.to(x)[:, None, None, :2]  # (K, 1, 1, 2, 3)
     grid = T[..., 0] * axis[:, None] + T[..., 1] * axis[:, None, None] + T[..., 2]  # (K, S, S, 2)
-    # DIFFERS: bilinear with edge reflection, where Karras et al. filter (sym6) at twice the
-    # resolution: 40 times faster on CPU, scales agree better, but shrunken fine texture aliases.
-    moved = F.grid_sample(
-        x.index_select(0, rows), grid, padding_mode="reflection", align_corners=False
-    )
+
+    def sample(x):
+        # DIFFERS: bilinear with edge reflection, where Karras et al. filter (sym6) at twice the
+        # resolution: 40 times faster on CPU, scales agree better, but shrunken fine texture
+        # aliases.
+        return F.grid_sample(x, grid, "bilinear", "reflection", align_corners=False)
+
+    def scatter(y):  # the transpose: each value goes to the pixels it was made of
+        bilinear, reflection, wanted = 0, 2, [True, False]  # gradient of the image, not the grid
+        backward = torch.ops.aten.grid_sampler_2d_backward
+        return backward(y, y, grid, bilinear, reflection, False, wanted)[0]  # second y: the shape
+
+    moved = LinearMap.apply(x.index_select(0, rows), sample, scatter)
     return x.index_copy(0, rows, moved)
 
 
@@ -961,15 +970,15 @@ def recolour(x, rows, C):
     return x.index_copy(0, rows, (signed + 1) / 2)
 
 
-class AdaAugment(nn.Module):
+class AdaAugment:
     """Random augmentation of all that D sees, each transform with probability p; p adapts.
 
-    p rises while D is sure of the real images (overfits) and falls while it is not. Gradients
-    reach the images. State (p, the statistics since its last change) is in the state dict.
+    p rises while D is sure of the real images (it overfits) and falls while it is not. Gradients
+    reach the images. State: p, and the statistics since its last change.
 
-        T, C = ada.sample(keys, size)                             # once per iteration
+        T, C = ada.sample(keys, size)                             # one draw per image
         logits = disc(ada(reals, T, C)), disc(ada(preds, T, C))   # lists of scales
-        ada.update(logits_real, all_reduce)                       # D step only
+        ada.update(share_of_reals_called_real, images)            # once per step
     """
 
     def __init__(
@@ -977,30 +986,36 @@ class AdaAugment(nn.Module):
         *,
         target=0.6,  # of r_t = E sign(D(real) - 1/2)
         ramp_images=500_000,  # real images during which p can go from 0 to 1
-        interval=4,  # iterations between two changes of p
+        interval=4,  # steps between two changes of p
         fixed_p=None,  # a constant p instead
     ):
-        super().__init__()
         # PAPER SILENT: on the transforms, target and speed; all as in Karras et al. 2020.
         self.target, self.ramp_images, self.interval = target, ramp_images, interval
         self.fixed_p = fixed_p
-        self.register_buffer("p", torch.tensor(float(fixed_p or 0)))
-        self.register_buffer("statistics", torch.zeros(3))  # sum of signs, images, iterations
+        # Plain numbers: what is drawn on the CPU must not wait for a GPU to say what p is.
+        self.p = float(fixed_p or 0)
+        self.sign_sum, self.images, self.steps = 0.0, 0, 0  # since p last changed
+
+    def state_dict(self):
+        return {k: getattr(self, k) for k in ("p", "sign_sum", "images", "steps")}
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+        self.p = self.p if self.fixed_p is None else self.fixed_p
 
     def sample(self, keys, size):
         """One draw per sample: keys (B,) int64, finest side in pixels -> T (B, 3, 3), C (B, 4, 4).
 
         Both stay on the CPU, where asking which samples are left alone costs no synchronisation.
         """
-        p = float(self.p) if self.fixed_p is None else self.fixed_p
         gates, uniforms, normals = ada_noise(keys)
-        chance = torch.full((13,), p)
-        chance[[4, 6]] = 1 - math.sqrt(1 - p)  # two rotations: at least one with probability p
+        chance = torch.full((13,), self.p)
+        chance[[4, 6]] = 1 - math.sqrt(1 - self.p)  # two rotations: at least one with probability p
         gates = gates < chance
         T = geometry_matrix(gates[:, :8], uniforms[:, :6], normals[:, :4], size)
         return T, colour_matrix(gates[:, 8:], uniforms[:, 6:], normals[:, 4:])
 
-    def forward(self, images, T, C):
+    def __call__(self, images, T, C):
         """Images: list of (B, 3, S, S) in [0, 1] -> same shapes, float32, beyond [0, 1] at times.
 
         Samples whose T (or C) is the identity come back bitwise as they were.
@@ -1011,38 +1026,39 @@ class AdaAugment(nn.Module):
         def changed(matrices):  # indices (K,)
             return (matrices != torch.eye(matrices.shape[-1])).any(dim=(1, 2)).nonzero()[:, 0]
 
-        device = images[0].device
+        def moved(tensor):  # from pinned memory, so that the CPU need not wait for the copy
+            tensor = tensor.pin_memory() if images[0].is_cuda else tensor
+            return tensor.to(images[0].device, non_blocking=True)
+
         rows_T, rows_C = changed(T), changed(C)
-        T, C = T[rows_T].to(device), C[rows_C].to(device)
-        rows_T, rows_C = rows_T.to(device), rows_C.to(device)
+        T, C, rows_T, rows_C = map(moved, (T[rows_T], C[rows_C], rows_T, rows_C))
         # Half precision becomes float32, also under autocast; float64 remains.
         images = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in images]
         return [recolour(warp(x, rows_T, T), rows_C, C) for x in images]
 
-    @torch.no_grad()
-    def update(self, logits_real, all_reduce=None):
-        """Record D's answers on augmented real images; every `interval` calls, change p.
+    def update(self, share_real, images):
+        """Record D's answers to a step's augmented real images; every `interval` steps, change p.
 
-        logits_real: (B,) or (B, 1), raw. all_reduce: sums a tensor over ranks in place, such as
-        torch.distributed.all_reduce; statistics, and so p, are then the same on all ranks.
+        share_real: the share of them that D calls real (logit above 1/2), over all processes, so
+        that p is the same everywhere. images: how many they were.
+
+        p moves up by images / ramp_images while r_t, the mean sign of D(real) - 1/2, is above its
+        target, and down while it is below: D should be right on about 80 % of the real images.
         """
         if self.fixed_p is not None:
             return
         # PAPER SILENT: least-squares D, labels 0 and 1, hence the boundary 1/2; Karras et al.
         # have a logistic D and 0.
-        signs = (logits_real.float() - 0.5).sign()
-        sums = torch.stack([signs.sum(), torch.ones_like(signs).sum()])
-        if all_reduce is not None:
-            all_reduce(sums)
-        self.statistics[:2] += sums.to(self.statistics)
-        self.statistics[2] += 1
-        sign_sum, seen, iterations = self.statistics.tolist()
-        if iterations < self.interval:
+        self.sign_sum += (2 * share_real - 1) * images
+        self.images += images
+        self.steps += 1
+        if self.steps < self.interval:
             return
-        rise = (sign_sum / seen > self.target) - (sign_sum / seen < self.target)  # 1, 0 or -1
+        r = self.sign_sum / self.images
+        rise = (r > self.target) - (r < self.target)  # 1, 0 or -1
         # DIFFERS: p is also kept below 1; Karras et al. do not (no transform changes beyond 1).
-        self.p.add_(rise * seen / self.ramp_images).clamp_(0, 1)
-        self.statistics.zero_()
+        self.p = min(max(self.p + rise * self.images / self.ramp_images, 0.0), 1.0)
+        self.sign_sum, self.images, self.steps = 0.0, 0, 0
 
 
 # ---- Loss networks phi with published weights (eq. 7, and VGG) -----------------------------------
@@ -1139,72 +1155,6 @@ class VGGFeatures(nn.Module):
         return features
 
 
-class InertObject:
-    """Stands for any class that a pickled network names: keeps its state, and does nothing."""
-
-    dump_patches = False  # torch asks a module's class, in files of its oldest format
-
-    def __init__(self, *args, **kwargs):
-        self.state = {}
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class TensorsOnly(pickle.Unpickler):
-    """Unpickler for a pickled network whose code must not run: tensors are real, all else inert."""
-
-    TENSORS = {
-        ("torch._utils", "_rebuild_tensor_v2"),
-        ("torch._utils", "_rebuild_parameter"),
-        ("torch.nn.parameter", "Parameter"),
-        ("collections", "OrderedDict"),
-    }
-    INERT = ("dall_e.", "torch.nn.", "torch.device", "builtins.set", "__builtin__.set")
-
-    def find_class(self, module, name):
-        full = f"{module}.{name}"
-        if (module, name) in self.TENSORS or (module == "torch" and name.endswith("Storage")):
-            return super().find_class(module, name)
-        if full.startswith(self.INERT):
-            return InertObject
-        raise pickle.UnpicklingError(f"it asks for {full}")
-
-
-def read_dvae(path):
-    """OpenAI's encoder.pkl, a whole pickled module -> {name: tensor} for `DVAEEncoder`.
-
-    Needs no package of theirs, and nothing that the file names is executed: see `TensorsOnly`.
-    Plain {name: tensor} files are read too. ValueError for anything else.
-    """
-    safe = SimpleNamespace(
-        Unpickler=TensorsOnly, load=lambda file, **options: TensorsOnly(file, **options).load(),
-        __name__="TensorsOnly",
-    )  # fmt: skip
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old files hold their source code: not ours, indeed
-            found = torch.load(path, map_location="cpu", weights_only=False, pickle_module=safe)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # anything can be in the file
-        raise ValueError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
-    weights = {}
-
-    def collect(node, prefix):
-        state = getattr(node, "state", {})
-        for name, value in (state.get("_parameters") or {}).items():
-            weights[prefix + name] = value.detach()
-        for name, child in (state.get("_modules") or {}).items():
-            collect(child, f"{prefix}{name}.")
-
-    if isinstance(found, dict):
-        weights = found
-    else:
-        collect(found, "")
-    return {k: v for k, v in weights.items() if not str(k).startswith("blocks.output.")}
-
-
 # ---- Inception: features for FID, classes for the Inception Score (Table 1) ----------------------
 
 
@@ -1263,6 +1213,232 @@ class InceptionFeatures(nn.Module):
         return features, self.classify(features)
 
 
+# ---- Weights in and out: files -------------------------------------------------------------------
+# Whatever is wrong with a file or its weights is a ValueError that says so in one line.
+
+
+def load_file(path, kind="a checkpoint"):
+    """A file of tensors -> the dict it holds, on the CPU, as data: nothing in it is executed.
+
+    path: .safetensors, or anything that torch.save wrote. kind: what to say that the file is not.
+    """
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file as load_safetensors
+
+            return load_safetensors(path)
+        # The published MAE's own checkpoints hold their arguments: a class that does nothing.
+        harmless = torch.serialization.safe_globals([argparse.Namespace])
+        with warnings.catch_warnings(), harmless:
+            warnings.simplefilter("ignore")  # of foreign pickles: refused just below
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise ValueError(f"{path} needs the package safetensors: pip install safetensors") from None
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except Exception as error:  # anything can be in the file
+        raise ValueError(f"{path} is not {kind} ({type(error).__name__})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not {kind} (it holds a {type(content).__name__})")
+    return content
+
+
+def read_weights(path, kind="a file of ViT-MAE weights"):
+    """Weights of an autoencoder or encoder, ours or another project's -> as `named_as_ours`."""
+    return named_as_ours(load_file(path, kind), path, kind)
+
+
+def named_as_ours(content, path, kind):
+    """What `load_file` returned -> ({our name: tensor}, [names left out]); see `from_others`."""
+    for name in ("mae", "model", "state_dict"):
+        content = content[name] if isinstance(content.get(name), dict) else content
+    weights = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
+    if not weights:
+        raise ValueError(f"{path} is not {kind} (it holds no tensors)")
+    return from_others(weights)
+
+
+def write_weights(path, weights, names):
+    """Write an autoencoder's weights for another project -> (tensors written, left out).
+
+    names: "mae", as published: with the decoder where it is a plain MAE's; "timm": the encoder;
+    "hf": transformers' ViTMAEForPreTraining. path: .safetensors, or else a file of torch.save.
+    """
+    encoder = {k: v for k, v in weights.items() if not k.startswith(DECODER)}
+    plain = not any(k.startswith(OURS_ALONE) for k in weights)
+    written = weights if plain and names == "mae" else encoder
+    if names == "hf":
+        written = to_hf(weights)
+    written = {k: v.contiguous() for k, v in written.items()}
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import save
+
+            Path(path).write_bytes(save(written))
+        else:
+            with open(path, "wb") as file:
+                torch.save({"model": written} if names == "mae" else written, file)
+    except ImportError:
+        raise ValueError(f"{path} needs the package safetensors: pip install safetensors") from None
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the second
+        raise ValueError(f"cannot write {path}: {error}") from None
+    return len(written), 0 if names == "hf" else len(weights) - len(written)
+
+
+# ---- Weights in and out: loss networks -----------------------------------------------------------
+
+# Where the weights of loss networks are published, and what they are.
+PUBLISHED = {
+    "dvae": ("https://cdn.openai.com/dall-e/encoder.pkl", "OpenAI's dVAE encoder"),
+    "vgg": ("https://download.pytorch.org/models/vgg16-397923af.pth", "torchvision's VGG-16"),
+}
+
+
+def build_loss_network(kind, path=None):
+    """A frozen phi, "dvae" or "vgg", with its published weights; ValueError if they do not fit.
+
+    path: the published file; None downloads it (vgg alone); "random" takes no weights.
+    """
+    phi, (url, what) = DVAEEncoder() if kind == "dvae" else VGGFeatures(), PUBLISHED[kind]
+    if path == "random":
+        return phi
+    try:
+        if path is None and kind == "dvae":
+            raise ValueError("no file given")
+        if path is None:
+            weights = torch.hub.load_state_dict_from_url(
+                url, map_location="cpu", check_hash=True, weights_only=True
+            )
+        else:
+            weights = read_dvae(path) if kind == "dvae" else load_file(path)
+        if kind == "vgg":  # the classifier and the last convolutions are not needed
+            wanted = phi.state_dict()
+            weights = {k: v for k, v in weights.items() if k in wanted} or weights
+        if faults := misfits(phi, weights, most=3):
+            raise ValueError(faults)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{path or kind + '_p'}: not the weights of {what} ({error}); --{kind}-weights takes "
+            f"the file {url}"
+        ) from None
+    phi.load_state_dict(weights)
+    return phi
+
+
+# ---- Weights in and out: into a network ----------------------------------------------------------
+
+DECODER = ("decoder_", "mask_token")  # how the names of a decoder's weights begin
+OURS_ALONE = ("decoder_fuse", "decoder_rgb")  # MSG-MAE's skips and scales: in no other project
+
+
+def load_whole(network, weights, path):
+    """Load weights into a network, all of them or none: ValueError lists what does not fit."""
+    if faults := misfits(network, weights):
+        raise ValueError(f"{path} does not fit, nothing was loaded; {faults}")
+    network.load_state_dict(weights)
+
+
+def load_autoencoder(mae, weights, path):
+    """Give an autoencoder another's encoder, and decoder where there is one -> what was taken.
+
+    weights: {our name: tensor}. All of the encoder must be there, and all of the decoder or
+    nothing of it; the skips and scales of MSG-MAE may be missing. Positions are resized.
+    """
+    expected = mae.state_dict()
+    decoder = {k: v for k, v in weights.items() if k.startswith(DECODER)}
+    if "decoder_pos_embed" in decoder:  # fixed
+        decoder["decoder_pos_embed"] = expected["decoder_pos_embed"]
+    encoder = encoder_weights(weights, mae.side, path)
+    may_lack = OURS_ALONE if decoder else DECODER
+    new = {k: v for k, v in expected.items() if k not in decoder and k.startswith(may_lack)}
+    load_whole(mae, encoder | decoder | new, path)
+    parts = ", ".join(sorted({k.split(".")[0] for k in new})) or "none"
+    return f"{len(encoder)} tensors of the encoder and {len(decoder)} of the decoder; new: {parts}"
+
+
+def resize_positions(positions, side):
+    """Position embedding (1, 1 + n*n, C), CLS first -> (1, 1 + side*side, C), bicubic.
+
+    ValueError if the patches are not those of a square image.
+    """
+    _, tokens, C = positions.shape
+    n = math.isqrt(tokens - 1)
+    if n * n != tokens - 1:
+        raise ValueError(f"{tokens - 1} positions are not those of a square image")
+    if n == side:
+        return positions
+    grid = positions[:, 1:].reshape(1, n, n, C).permute(0, 3, 1, 2).float()  # (1, C, n, n)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2).to(positions)], dim=1)
+
+
+def encoder_weights(weights, side, path):
+    """Weights of an autoencoder, ours or published -> those of a `ViT` of side x side patches.
+
+    weights: {name: tensor}, read from `path`. Leaves out the decoder, resizes the positions, fixed
+    or learnt, and moves CLS's position, which `ViT.encode` takes for zero, into the CLS token. Any
+    other name is kept, for strict loading to judge.
+    """
+    weights = {k: v for k, v in weights.items() if not k.startswith(DECODER)}
+    if "pos_embed" in weights and "cls_token" in weights:
+        try:
+            positions = resize_positions(weights["pos_embed"], side)
+        except (ValueError, RuntimeError) as error:  # of any shape, in a foreign file
+            raise ValueError(f"{path} has positions that cannot be resized: {error}") from None
+        weights["cls_token"] = weights["cls_token"] + positions[:, :1]
+        zero = torch.zeros_like(positions[:, :1])
+        weights["pos_embed"] = torch.cat([zero, positions[:, 1:]], dim=1)
+    return weights
+
+
+def misfits(network, weights, most=None):
+    """How weights {name: tensor} do not fit a network: one line, "" if they do.
+
+    most: list no more than so many names of a kind.
+    """
+    expected = network.state_dict()
+    faults = {
+        "missing": [k for k in expected if k not in weights],
+        "unexpected": [str(k) for k in weights if k not in expected],
+        "of another shape": [
+            f"{k} {list(getattr(v, 'shape', '?'))} for {list(expected[k].shape)}"
+            for k, v in weights.items()
+            if k in expected and getattr(v, "shape", None) != expected[k].shape
+        ],
+    }
+    listed = []
+    for what, names in faults.items():
+        if names:
+            rest = f" and {len(names) - most} more" if most and len(names) > most else ""
+            listed.append(f"{what}: {', '.join(names[:most])}{rest}")
+    return "; ".join(listed)
+
+
+def published_sizes(weights, path, model=None):
+    """Model, image and patch size of an encoder, from the shapes of its weights -> dict.
+
+    model: what to take it for if its width and depth are none of MAE_SIZES.
+    """
+    dimensions = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
+    missing = [k for k, n in dimensions.items() if getattr(weights.get(k), "ndim", None) != n]
+    if missing:
+        raise ValueError(
+            f"{path} is no MAE encoder; missing: {', '.join(missing)}; there is: "
+            f"{', '.join(map(str, weights))}"
+        )
+    width, patch_size = weights["cls_token"].shape[-1], weights["patch_embed.proj.weight"].shape[-1]
+    depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
+    known = {(v["width"], v["depth"]): k for k, v in MAE_SIZES.items()}
+    model = known.get((width, depth), model)
+    if model is None:
+        raise ValueError(
+            f"{path} is {width} wide with {depth} blocks, which is none of "
+            f"{', '.join(MAE_SIZES)}; --model names the one it should be"
+        )
+    side = math.isqrt(weights["pos_embed"].shape[1] - 1)
+    return dict(model=model, image_size=side * patch_size, patch_size=patch_size)
+
+
 # ---- Weights in and out: the names of other projects ---------------------------------------------
 
 # Hugging Face's names for ours, as its published files have them; inside a block, then elsewhere.
@@ -1300,9 +1476,9 @@ HF_NEWER = {  # transformers 5 names its layers anew and renames files as it rea
 
 def hf_names(name):
     """Our name of a weight -> Hugging Face's: one, or three for query, key and value together."""
-    stem, dot, kind = (
-        name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "")
-    )
+    stem, dot, kind = name, "", ""
+    if name.endswith((".weight", ".bias")):
+        stem, dot, kind = name.rpartition(".")
     inside = re.fullmatch(r"(blocks|decoder_blocks)\.(\d+)\.(.+)", stem)
     if inside:
         stem = f"{HF_OUTSIDE[inside[1]]}.{inside[2]}.{HF_IN_BLOCK[inside[3]]}"
@@ -1317,9 +1493,12 @@ def to_hf(weights):
 
     ValueError for networks that it cannot express: MSG-MAE, or several scales.
     """
-    extra = [k for k in weights if k.startswith(("decoder_fuse", "decoder_rgb"))]
+    extra = [k for k in weights if k.startswith(OURS_ALONE)]
     if extra:
-        raise ValueError(f"transformers has no place for {extra[0]} and {len(extra) - 1} more")
+        raise ValueError(
+            f"transformers has no place for {extra[0]} and {len(extra) - 1} more of these weights; "
+            "the names of timm and mae take the encoder alone"
+        )
     out = {}
     for name, value in weights.items():
         names = hf_names(name)
@@ -1341,12 +1520,11 @@ def from_others(weights):
                 name = name.replace(newer, older)
             theirs[name] = value
         blocks = {int(n) for name in theirs for n in re.findall(r"layers?\.(\d+)\.", name)}
-        inside = [f"{part}.{n}.{layer}" for part in ("blocks", "decoder_blocks")
-                  for n in sorted(blocks) for layer in HF_IN_BLOCK]  # fmt: skip
+        stems = list(HF_OUTSIDE)
+        for part, number in itertools.product(("blocks", "decoder_blocks"), sorted(blocks)):
+            stems += [f"{part}.{number}.{layer}" for layer in HF_IN_BLOCK]
         weights = {}
-        for name in [
-            stem + end for stem in (*HF_OUTSIDE, *inside) for end in ("", ".weight", ".bias")
-        ]:
+        for name in [stem + end for stem in stems for end in ("", ".weight", ".bias")]:
             names = hf_names(name)
             if all(n in theirs for n in names):
                 parts = [theirs.pop(n) for n in names]
@@ -1354,3 +1532,72 @@ def from_others(weights):
         weights |= theirs  # whatever is not known
     left_out = [k for k in weights if k.startswith("head.")]
     return {k: v for k, v in weights.items() if k not in left_out}, left_out
+
+
+# ---- Weights in and out: OpenAI's pickled dVAE ---------------------------------------------------
+
+
+class InertObject:
+    """Stands for any class that a pickled network names: keeps its state, and does nothing."""
+
+    dump_patches = False  # torch asks a module's class, in files of its oldest format
+
+    def __init__(self, *args, **kwargs):
+        self.state = {}
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class TensorsOnly(pickle.Unpickler):
+    """Unpickler for a pickled network whose code must not run: tensors are real, all else inert."""
+
+    TENSORS = {
+        ("torch._utils", "_rebuild_tensor_v2"),
+        ("torch._utils", "_rebuild_parameter"),
+        ("torch.nn.parameter", "Parameter"),
+        ("collections", "OrderedDict"),
+    }
+    INERT = ("dall_e.", "torch.nn.", "torch.device", "builtins.set", "__builtin__.set")
+
+    def find_class(self, module, name):
+        full = f"{module}.{name}"
+        if (module, name) in self.TENSORS or (module == "torch" and name.endswith("Storage")):
+            return super().find_class(module, name)
+        if full.startswith(self.INERT):
+            return InertObject
+        raise pickle.UnpicklingError(f"it asks for {full}")
+
+
+def load_tensors_only(file, **options):
+    """pickle.load with `TensorsOnly`: what torch.load asks of a pickle module."""
+    return TensorsOnly(file, **options).load()
+
+
+def read_dvae(path):
+    """OpenAI's encoder.pkl, a whole pickled module -> {name: tensor} for `DVAEEncoder`.
+
+    Needs no package of theirs, and nothing that the file names is executed: see `TensorsOnly`.
+    Plain {name: tensor} files are read too. ValueError for anything else.
+    """
+    safe = SimpleNamespace(Unpickler=TensorsOnly, load=load_tensors_only, __name__="TensorsOnly")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old files hold their source code: not ours, indeed
+            found = torch.load(path, map_location="cpu", weights_only=False, pickle_module=safe)
+    except Exception as error:  # anything can be in the file
+        raise ValueError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
+    weights = {}
+
+    def collect(node, prefix):
+        state = getattr(node, "state", {})
+        for name, value in (state.get("_parameters") or {}).items():
+            weights[prefix + name] = value.detach()
+        for name, child in (state.get("_modules") or {}).items():
+            collect(child, f"{prefix}{name}.")
+
+    if isinstance(found, dict):
+        weights = found
+    else:
+        collect(found, "")
+    return {k: v for k, v in weights.items() if not str(k).startswith("blocks.output.")}

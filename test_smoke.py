@@ -53,11 +53,12 @@ from model import (
 ROWS = [(loss, "auto") for loss in losses.LOSSES]  # and the ablations of Tables 2 and 3
 ROWS += [("msg_gan_p", "mae"), ("stylegan2_ada_p", "mae"), ("mse", "msg_mae")]
 TINY = ["--model", "tiny", "--image-size", "32", "--patch-size", "8", "--data", "shapes"]
+RECONSTRUCT = ["--task", "reconstruct", "--data", "shapes", "--workers", "0"]
 FAST = [*TINY, "--batch-size", "4", "--val-images", "4", "--workers", "0", "--lr", "1e-3"]
 
 
 # In tests the dVAE has a sixteenth of its width.
-train.DVAEEncoder = functools.partial(model.DVAEEncoder, width=16)
+WholeDVAE, model.DVAEEncoder = model.DVAEEncoder, functools.partial(model.DVAEEncoder, width=16)
 
 
 # ---- Helpers -------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def loss_network_flags():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         vgg = model.VGGFeatures()
-        for name, network in (("dvae", train.DVAEEncoder()), ("vgg", vgg)):
+        for name, network in (("dvae", model.DVAEEncoder()), ("vgg", vgg)):
             for p in network.parameters():
                 torch.nn.init.normal_(p, std=1.4 * (p[0].numel() or 1) ** -0.5 if p.ndim > 1 else 0)
             torch.save(network.state_dict(), f"{folder.name}/{name}.pth")
@@ -96,6 +97,16 @@ def tiny_batch(B=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(B, 3, 32, 32, generator=generator)
     return images, torch.rand(B, 16, generator=generator), torch.arange(B) + 100
+
+
+def perceptual_loss(features_fake, features_real):
+    """Eq. 3 as one number, with the paper's weights."""
+    return sum(losses.perceptual_terms(features_fake, features_real).values())
+
+
+def backward(run, batch, eq3_on, args):
+    """`train.backward` of a step's only batch."""
+    return train.backward(run, *batch, eq3_on=eq3_on, share=1.0, args=args)
 
 
 def gradients(network):
@@ -123,6 +134,16 @@ def refused(*flags, names, script=train):
     assert status == 2, (status, errors)
     assert errors.count("\n") == 1 and "Traceback" not in errors, errors
     assert all(name in errors for name in names), (names, errors)
+
+
+def tune(*flags):
+    """`command` for finetune.py."""
+    return command(*flags, script=finetune)
+
+
+def tune_refused(*flags, names):
+    """`refused` for finetune.py."""
+    refused(*flags, names=names, script=finetune)
 
 
 def weights(out):
@@ -231,8 +252,9 @@ def test_gram_and_feature_terms_equal_hand_values():
     close(losses.feature_loss([features], [zeros]), 2.5, 0)
     close(losses.style_loss([features], [zeros]), 3.25, 0)
     # Two layers sum, with the paper's weights .05 and 40.
-    total = losses.feature_style_loss([features, features], [zeros, zeros])
-    close(total, 2 * (0.05 * 2.5 + 40 * 3.25), 1e-4)
+    terms = losses.perceptual_terms([features, features], [zeros, zeros])
+    close(terms["feature"], 2 * 0.05 * 2.5, 1e-6)
+    close(terms["style"], 2 * 40 * 3.25, 1e-4)
 
 
 def test_gram_is_float32_under_autocast():
@@ -581,6 +603,25 @@ def test_strided_blur_keeps_a_constant_and_loses_one_tap_at_borders():
     assert_close(Blur(stride=2, padding=1)(torch.ones(1, 1, 6, 6))[0, 0], torch.outer(side, side))
 
 
+def test_blur_has_the_gradients_of_both_orders_of_a_plain_convolution():
+    torch.manual_seed(0)
+    taps = torch.tensor([1.0, 3, 3, 1], dtype=torch.float64) / 8
+    kernel = torch.outer(taps, taps).expand(2, 1, 4, 4)
+
+    def both_orders(y, x):  # the second is that of R1: of a squared gradient
+        first = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)[0]
+        return y, first, torch.autograd.grad(first.square().sum(), x)[0]
+
+    for stride, padding in ((1, 2), (2, 1)):
+        blur = Blur(stride, padding).double()
+        for h, w in ((4, 6), (5, 4), (7, 5)):  # an odd side leaves a row or column over
+            x = torch.randn(2, 2, h, w, dtype=torch.float64, requires_grad=True)
+            plain = F.conv2d(x, kernel, None, stride, padding, groups=2)
+            assert_close(both_orders(blur(x), x), both_orders(plain, x))
+            assert torch.autograd.gradcheck(blur, x[:1])
+            assert torch.autograd.gradgradcheck(lambda x, blur=blur: blur(x).square(), x[:1])
+
+
 def test_equalised_layers_scale_by_root_of_fan_in():
     # fan_in 2*3*3 = 18: weights 1 on ones give 18 / sqrt(18) = sqrt(18); sqrt(2) of that is 6
     x = torch.ones(1, 2, 3, 3)
@@ -835,7 +876,7 @@ def test_path_length_penalty_equals_brute_force_per_sample():
             for j, e, n in zip(jac, noise, (36, 4), strict=True)
         )
         lengths.append(math.sqrt(g.square().sum().item() / 2))  # mean over L = 2
-    expected = 2 * sum((a / 0.7 - 1) ** 2 for a in lengths) / 3
+    expected = sum((a / 0.7 - 1) ** 2 for a in lengths) / 3
     got = path_lengths(toy_features(z), z, noise)
     assert_close(got, torch.tensor(lengths), rtol=1e-4, atol=0)
     assert_close(path_length_penalty(got, 0.7).item(), expected, rtol=1e-4, atol=0)
@@ -851,7 +892,7 @@ def test_path_length_gradient_equals_closed_form_and_is_finite_at_zero():
         path_length_penalty(path_lengths([phi], z, [eps]), 0.5).backward()
         pull = weight.detach().T @ eps.view(5)  # (3,)
         a = math.sqrt(pull.square().sum().item() / 5 + 1e-8)
-        expected = 4 * (a / 0.5 - 1) / 0.5 * torch.outer(eps.view(5), pull) / (5 * a)
+        expected = 2 * (a / 0.5 - 1) / 0.5 * torch.outer(eps.view(5), pull) / (5 * a)
         assert_close(weight.grad, expected)
 
 
@@ -1082,44 +1123,34 @@ def test_ada_computes_in_float32_under_autocast_and_on_half_precision():
 
 
 def test_ada_p_rises_on_a_sure_discriminator_and_falls_on_an_unsure_one():
-    # r_t = 1 (sure) or 0 (half the signs +1), target 0.6: 4 batches of 8 are 32 images,
-    # and p moves by 32 / 500 000 = 6.4e-5, at every fourth call only.
-    sure, unsure = torch.full((8, 1), 0.9), torch.tensor([0.9, 0.1]).repeat(4)
+    # r_t = 1 (right on all real images) or 0 (on half of them), target 0.6: 4 steps of 8 are 32
+    # images, and p moves by 32 / 500 000 = 6.4e-5, at every fourth step only.
     ada = AdaAugment()
-    for logits, sign in ((sure, 1), (unsure, -1)):
-        ada.p.fill_(0.25)
+    for share, sign in ((1.0, 1), (0.5, -1), (0.81, 1), (0.79, -1)):
+        ada.p = 0.25
         for _ in range(3):
-            ada.update(logits)
+            ada.update(share, 8)
             assert ada.p == 0.25
-        ada.update(logits)
-        assert abs(ada.p.item() - (0.25 + sign * 6.4e-5)) < 5e-8
-    for start, logits in ((0.0, unsure), (1.0, sure)):  # never below 0 or above 1
-        ada.p.fill_(start)
+        ada.update(share, 8)
+        close(ada.p, 0.25 + sign * 6.4e-5, 1e-12)
+    for start, share in ((0.0, 0.5), (1.0, 1.0)):  # never below 0 or above 1
+        ada.p = start
         for _ in range(4):
-            ada.update(logits)
+            ada.update(share, 8)
         assert ada.p == start
 
 
-def test_ada_p_follows_the_statistics_of_all_ranks():
-    def with_an_unsure_rank(sums):  # three times our images, signs cancelling: r_t = 8 / 32
-        sums += torch.tensor([0.0, 24.0])
-
-    ada = AdaAugment()
-    ada.p.fill_(0.25)
-    for _ in range(4):
-        ada.update(torch.ones(8), with_an_unsure_rank)
-    assert abs(ada.p.item() - (0.25 - 4 * 32 / 500_000)) < 5e-8
-
-
 def test_ada_resumes_from_its_state_dict():
-    ada, resumed = AdaAugment(), AdaAugment()
+    ada, resumed, fixed = AdaAugment(), AdaAugment(), AdaAugment(fixed_p=0.3)
     for _ in range(6):  # one change of p and half an interval
-        ada.update(torch.ones(8))
+        ada.update(1.0, 8)
     resumed.load_state_dict(ada.state_dict())
-    assert resumed.p == ada.p > 0
+    fixed.load_state_dict(ada.state_dict())
+    assert resumed.p == ada.p > 0 and fixed.p == 0.3
     for _ in range(2):
-        ada.update(torch.ones(8)), resumed.update(torch.ones(8))
-    assert resumed.p == ada.p and abs(ada.p.item() - 64 / 500_000) < 5e-8
+        ada.update(1.0, 8), resumed.update(1.0, 8)
+    assert resumed.p == ada.p
+    close(ada.p, 64 / 500_000, 1e-12)
 
 
 def test_ada_refuses_images_that_are_not_square():
@@ -1136,7 +1167,7 @@ def test_ada_fixed_p_never_changes():
     ada = AdaAugment(fixed_p=1.0)
     before, _ = ada.sample(torch.arange(8), 16)
     for _ in range(8):
-        ada.update(torch.zeros(8))
+        ada.update(0.0, 8)
     after, _ = ada.sample(torch.arange(8), 16)
     assert torch.equal(before, after) and ada.p == 1
 
@@ -1149,9 +1180,9 @@ def naive_objective(run, args, images, noise, seeds):
     recipe = losses.LOSSES[args.loss]
     fakes, mask = run.mae(images, args.mask_ratio, noise)
     reals = [F.avg_pool2d(images, 2**i) if i else images for i in range(len(fakes))]
-    total = train.pixel_loss(recipe, fakes, reals, mask, args)
+    total = losses.pixel_loss(recipe["pixel"], fakes, reals, mask, patch_size=args.patch_size)
     if run.phi is not None:  # eq. 7
-        total = total + losses.feature_style_loss(run.phi(fakes[0]), run.phi(images))
+        total = total + perceptual_loss(run.phi(fakes[0]), run.phi(images))
     if run.disc is None:
         return total, None
     if recipe["ada"]:
@@ -1160,8 +1191,8 @@ def naive_objective(run, args, images, noise, seeds):
     logits, fake = run.disc(fakes)
     logits_real, real = run.disc(reals)
     total = total + args.adversarial_weight * losses.lsgan_g_loss(logits)
-    if recipe["features"] == "disc":
-        total = total + losses.feature_style_loss(fake, real)
+    if recipe["phi"] == "disc":
+        total = total + perceptual_loss(fake, real)
     return total, losses.lsgan_d_loss(logits_real, logits)
 
 
@@ -1169,8 +1200,8 @@ def test_every_row_gives_g_the_gradient_of_eq_6_and_d_that_of_eq_4():
     batch = tiny_batch()
     for loss, arch in ROWS:
         run, args = tiny_run("--loss", loss, "--arch", arch, "--ada-p", "0.5")
-        active = losses.LOSSES[loss]["features"] is not None
-        train.backward(run, *batch, active, 1.0, args)
+        active = losses.LOSSES[loss]["phi"] is not None
+        backward(run, batch, active, args)
         wanted = gradients(run.mae)
         wanted_d = None if run.disc is None else gradients(run.disc)
         train.update(run, apply=False)
@@ -1190,11 +1221,11 @@ def test_published_loss_networks_stay_as_they_are_and_out_of_checkpoints():
     for loss in ("dvae_p", "vgg_p"):
         run, args = tiny_run("--loss", loss)
         before = torch.cat([p.flatten() for p in run.phi.parameters()])
-        train.backward(run, *tiny_batch(), True, 1.0, args)
+        backward(run, tiny_batch(), True, args)
         train.update(run, apply=True)
         assert all(p.grad is None for p in run.phi.parameters())
         assert torch.equal(before, torch.cat([p.flatten() for p in run.phi.parameters()]))
-        assert "phi" not in train.stateful(run)
+        assert "phi" not in run.parts
 
 
 def slow_dvae(weights, images):
@@ -1221,12 +1252,12 @@ def slow_dvae(weights, images):
 
 def test_dvae_features_equal_a_slow_implementation_and_it_has_the_published_sizes():
     torch.manual_seed(0)
-    dvae = model.DVAEEncoder(width=16)
+    dvae = model.DVAEEncoder()
     images = torch.rand(2, 3, 32, 32)
     for fast, slow in zip(dvae(images), slow_dvae(dvae.state_dict(), images), strict=True):
         close(fast, slow, 1e-5)
     with torch.device("meta"):
-        published = model.DVAEEncoder()
+        published = WholeDVAE()
     assert len(published.state_dict()) == 72  # of 74, the last layer's left out
     count = sum(p.numel() for p in published.parameters())
     assert round((count + 2048 * 8192 + 8192) / 1e5) == 538  # 53.8 million with it
@@ -1277,7 +1308,7 @@ def test_a_pickled_dvae_gives_its_weights_without_its_code():
             made = type(kind, (torch.nn.Module,), {"__module__": module})
             setattr(sys.modules[module], kind, made)
         torch.manual_seed(0)
-        dvae = model.DVAEEncoder(width=16)
+        dvae = model.DVAEEncoder()
 
         def disguised(node):
             kind = {"DVAEEncoder": "Encoder", "DVAEBlock": "EncoderBlock"}.get(type(node).__name__)
@@ -1321,15 +1352,13 @@ def test_no_loader_executes_what_a_file_asks_for():
             refused(*fast, "--init", bad, names=["evil.pt", "ViT-MAE"])
             refused(*fast, "--loss", "dvae_p", "--dvae-weights", bad, names=["evil.pt", "dVAE"])
             refused(*fast, "--loss", "vgg_p", "--vgg-weights", bad, names=["evil.pt", "VGG"])
-            refused("--export", root / "x.pt", "--resume", bad, names=["evil.pt"])
-            refused("--eval", "--resume", bad, "--data", "shapes", names=["evil.pt"])
-            for task in (["--task", "knn"], ["--eval"]):
-                given = ["--checkpoint", bad, "--data", "shapes", *task]
-                refused(*given, names=["evil.pt"], script=finetune)
+            export = ["--export", root / "x.pt"]
+            for task in (["--task", "knn"], ["--eval"], ["--task", "reconstruct"], export):
+                tune_refused("--checkpoint", bad, "--data", "shapes", *task, names=["evil.pt"])
         assert command(*fast, "--limit-images", 4)[0] == 0
         own = root / "run" / "checkpoint.pt"
-        given = ["--eval", "--resume", own, "--data", "shapes", "--inception-weights", bad]
-        refused(*given, names=["evil.pt", "Inception"])
+        given = [*RECONSTRUCT, "--checkpoint", own, "--inception-weights", bad]
+        tune_refused(*given, names=["evil.pt", "Inception"])
         assert not touched.exists()
         pickle.loads(pickle.dumps(Evil(touched)))
         assert touched.exists()  # it would have been
@@ -1337,25 +1366,25 @@ def test_no_loader_executes_what_a_file_asks_for():
 
 def test_d_loss_leaves_g_without_gradient():
     run, args = tiny_run("--loss", "ls_gan", "--pixel-weight", "0", "--adversarial-weight", "0")
-    train.backward(run, *tiny_batch(), False, 1.0, args)
+    backward(run, tiny_batch(), False, args)
     assert gradients(run.mae).abs().max() == 0
     assert gradients(run.disc).abs().max() > 0
 
 
 def test_perceptual_term_alone_reaches_the_first_encoder_block():
     batch = tiny_batch()
-    for loss, arch in [(n, a) for n, a in ROWS if losses.LOSSES[n]["features"]]:
+    for loss, arch in [(n, a) for n, a in ROWS if losses.LOSSES[n]["phi"]]:
         off = ["--pixel-weight", "0", "--adversarial-weight", "0", "--arch", arch]
         for kept in (["--delta-s", "0"], ["--delta-f", "0"]):  # the feature term, the style term
             run, args = tiny_run("--loss", loss, *off, *kept)
-            train.backward(run, *batch, True, 1.0, args)
+            backward(run, batch, True, args)
             assert run.mae.blocks[0].attn.qkv.weight.grad.abs().max() > 0, (loss, kept)
             assert run.mae.patch_embed.proj.weight.grad.abs().max() > 0, (loss, kept)
         run, args = tiny_run("--loss", loss, *off)
-        odd = train.features_active(args, epoch=1)
-        assert odd == (loss in ("dvae_p", "vgg_p")) and train.features_active(args, epoch=2)
+        odd = train.eq3_is_on(1, args)
+        assert odd == (loss in ("dvae_p", "vgg_p")) and train.eq3_is_on(2, args)
         if not odd:  # nothing is left
-            train.backward(run, *batch, False, 1.0, args)
+            backward(run, batch, False, args)
             assert gradients(run.mae).abs().max() == 0
 
 
@@ -1369,7 +1398,7 @@ def test_perceptual_term_reaches_the_first_encoder_block_through_every_scale():
         for scale in range(3):  # D has no block after the fourth entrance, which joins its head
             alone = [f if i == scale else f.detach() for i, f in enumerate(fakes)]
             _, fake = run.disc(alone)
-            term = losses.feature_style_loss(fake, real)
+            term = perceptual_loss(fake, real)
             weight = run.mae.blocks[0].attn.qkv.weight
             (gradient,) = torch.autograd.grad(term, weight, retain_graph=True)
             assert gradient.abs().max() > 0, (loss, scale)
@@ -1395,14 +1424,16 @@ def test_reconstructions_are_a_pyramid_finest_first():
 def test_pixel_loss_averages_over_scales_that_hold_a_window():
     run, args = tiny_run("--loss", "ms_ssim", "--arch", "msg_mae", "--patch-size", "16")
     images, noise, _ = tiny_batch()
-    fakes, mask = run.mae(images, noise=noise[:, :4])  # 32, 16, 8, 4 px, and 2 px: no window fits
+    fakes, mask = run.mae(
+        images, mask_noise=noise[:, :4]
+    )  # 32, 16, 8, 4 px, and 2 px: no window fits
     reals = losses.pyramid(images, 5)
     pairs = list(zip(fakes, reals, (4, 3, 2, 1), strict=False))
     wanted = sum(losses.ms_ssim_l1(f, r, scales=n) for f, r, n in pairs) / 4
-    assert_close(train.pixel_loss(losses.LOSSES["ms_ssim"], fakes, reals, mask, args), wanted)
+    assert_close(losses.pixel_loss("ms_ssim_l1", fakes, reals, mask, patch_size=16), wanted)
     args.pixel_scales = "finest"
     wanted = losses.ms_ssim_l1(fakes[0], reals[0])
-    assert_close(train.pixel_loss(losses.LOSSES["ms_ssim"], fakes, reals, mask, args), wanted)
+    assert_close(backward(run, (images, noise[:, :4], None), False, args)["pixel"], wanted)
 
 
 def test_skips_that_pass_the_decoder_half_alone_leave_a_plain_mae():
@@ -1442,9 +1473,9 @@ def test_accumulated_halves_equal_the_whole_batch():
     for loss in ("ls_gan_p", "msg_gan_p"):
         whole, args = tiny_run("--loss", loss)
         parts, _ = tiny_run("--loss", loss)
-        train.accumulate(whole, [pixels], True, train.new_progress(), args)
+        train.step_gradients(whole, [pixels], True, train.new_progress(), args)
         two = [tuple(p[:4] for p in pixels), tuple(p[4:] for p in pixels)]
-        train.accumulate(parts, two, True, train.new_progress(), args)
+        train.step_gradients(parts, two, True, train.new_progress(), args)
         for name in ("mae", "disc"):
             a, b = gradients(getattr(whole, name)), gradients(getattr(parts, name))
             close(a, b, 1e-4 * a.abs().max().item())
@@ -1465,20 +1496,20 @@ def test_lazy_regularisers_reach_their_network_alone_and_in_their_turn():
         assert set(train.regularise(run, images, noise, seeds, 1.0, progress, args)) == expected
     for arch in ("mae", "msg_mae"):  # a D that looks at one scale of several, too
         run, args = tiny_run("--loss", "ls_gan", "--arch", arch, *off, "--r1-gamma", "1")
-        assert set(train.accumulate(run, batch, False, train.new_progress(), args)) >= {"r1"}
+        assert set(train.step_gradients(run, batch, False, train.new_progress(), args)) >= {"r1"}
         assert gradients(run.mae).abs().max() == 0
 
 
 def test_lazy_terms_are_logged_with_their_whole_weight_and_survive_a_bad_step():
     images, noise, seeds = tiny_batch()
     run, args = tiny_run("--loss", "stylegan2_ada_p", "--ada-p", "0", "--r1-gamma", "3")
-    progress = train.new_progress() | {"path_mean": 0.01}
+    progress = train.new_progress() | {"path_mean": torch.tensor(0.01)}
     terms = train.regularise(run, images, noise, seeds, 1.0, progress, args)
     reals = [x.requires_grad_() for x in losses.pyramid(images, 4)]  # 8 px patches: 4 scales
     slopes = torch.autograd.grad(run.disc(reals)[0].sum(), reals)
     squares = sum(g.square().sum((1, 2, 3)).mean() for g in slopes) / 4
     assert_close(terms["r1"], 3 / 2 * 16 * squares)
-    args.path_every, other = 1, train.new_progress() | {"path_mean": 0.01}
+    args.path_every, other = 1, train.new_progress() | {"path_mean": torch.tensor(0.01)}
     once = train.regularise(run, images, noise, seeds, 1.0, other, args)["path_length"]
     assert_close(terms["path_length"], 4 * once)
     before = progress["path_mean"]  # a length that is not finite must not become the mean
@@ -1499,7 +1530,7 @@ def test_gradient_scaler_changes_no_update():
             name = "opt_g" if optimizer is run.opt_g else "opt_d"
             setattr(run, name, torch.optim.SGD(parameters, lr=1e-3))
         train.regularise(run, *batch, 1.0, train.new_progress(), args)
-        train.backward(run, *batch, True, 1.0, args)
+        backward(run, batch, True, args)
         train.update(run, apply=True)
     for name in ("mae", "disc"):
         a, b = (torch.cat([p.flatten() for p in getattr(r, name).parameters()]) for r, _ in runs)
@@ -1513,11 +1544,11 @@ def test_every_row_learns_a_batch_by_heart():
         # Thirty steps show whether gradients work, not how the two players balance.
         run, args = tiny_run("--loss", loss, "--lr", "1e-3", "--adversarial-weight", "0.1")
         args.warmup_epochs = 0
-        train.set_learning_rates(run, train.new_progress(), 1000, args)
+        train.set_rate(run.opt_g, 1e-3), train.set_rate(run.opt_d, args.d_lr)
         history = []
         for step in range(30):
-            active = losses.LOSSES[loss]["features"] is not None and step % 2 == 1
-            terms = train.backward(run, images, noise, torch.arange(4), active, 1.0, args)
+            active = losses.LOSSES[loss]["phi"] is not None and step % 2 == 1
+            terms = backward(run, (images, noise, torch.arange(4)), active, args)
             history.append(terms["pixel"].item())
             train.update(run, apply=True)
         assert np.mean(history[-3:]) < 0.75 * np.mean(history[:3]), (loss, history)
@@ -1527,9 +1558,9 @@ def test_adversarial_weight_is_the_rows_own_unless_given():
     for loss, weight in (("ls_gan", 1.0), ("ls_gan_p", 1.0), ("msg_gan", 0.1), ("msg_gan_p", 0.1)):
         for flags, factor in (([], weight), (["--adversarial-weight", "0.7"], 0.7)):
             run, args = tiny_run("--loss", loss, *flags)
-            term = train.backward(run, *tiny_batch(), False, 1.0, args)["adversarial"]
+            term = backward(run, tiny_batch(), False, args)["adversarial"]
             args.adversarial_weight = 1.0
-            whole = train.backward(run, *tiny_batch(), False, 1.0, args)["adversarial"]
+            whole = backward(run, tiny_batch(), False, args)["adversarial"]
             close(term, factor * whole, 1e-6)
 
 
@@ -1878,7 +1909,7 @@ def test_a_run_logs_each_epoch_once_and_even_epochs_have_feature_terms():
         rows = [json.loads(row) for row in (Path(out) / "log.jsonl").read_text().splitlines()]
         assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
         assert [row["step"] for row in rows] == [2, 4, 6, 8]
-        assert [row["features_active"] for row in rows] == [False, True, False, True]
+        assert [row["eq3_on"] for row in rows] == [False, True, False, True]
         assert ["style" in row for row in rows] == [False, True, False, True]
         assert all(math.isfinite(row["psnr"]) for row in rows)
         for field in ("lr", "pixel", "adversarial", "d_accuracy_real", "images_per_second"):
@@ -1905,18 +1936,18 @@ def test_benchmark_averages_steps_with_lazy_regularisers_in():
 
     def step(run, batches, active, progress, args):
         steps.append(progress["step"])
-        assert float(run.ada.p) == 0.5 and active
+        assert run.ada.p == 0.5 and active
         now[0] += 100 if len(steps) in (1, 9) else 5 if progress["step"] == 0 else 1
         return {}
 
-    real, printed = (train.accumulate, train.update, train.time), io.StringIO()
-    train.accumulate, train.update = step, lambda run, apply: None
+    real, printed = (train.step_gradients, train.update, train.time), io.StringIO()
+    train.step_gradients, train.update = step, lambda run, apply: None
     train.time = SimpleNamespace(perf_counter=lambda: now[0])
     try:
         with contextlib.redirect_stdout(printed):
             train.main([*FAST, "--loss", "stylegan2_ada_p", "--benchmark", "11"])
     finally:
-        train.accumulate, train.update, train.time = real
+        train.step_gradients, train.update, train.time = real
     assert steps == [0, 0, *range(4), *range(4), *range(4)]  # 2 to warm up, 11 made whole rounds
     row = json.loads(printed.getvalue())
     assert row["seconds_per_step"] == 2.0 and row["images_per_second"] == 2.0
@@ -1933,16 +1964,26 @@ def test_eval_measures_checkpoints_and_two_processes_do_as_one():
             assert (root / loss / "pictures" / "curves.png").exists()
         torch.save(stand_in(), root / "inception.pth")
         both = [root / loss / "checkpoint.pt" for loss in ("mse", "msg_gan_p")]
-        given = ["--eval", "--resume", *both, "--data", "shapes", "--val-images", 12]
-        given += ["--workers", 0, "--inception-weights", root / "inception.pth"]
+        given = [*RECONSTRUCT, "--val-images", 12, "--inception-weights", root / "inception.pth"]
         ranks = []
         for r in range(2):
             place = dict(RANK=r, WORLD_SIZE=2, LOCAL_RANK=r, MASTER_ADDR="127.0.0.1")
             place["MASTER_PORT"] = 20000 + (os.getpid() + 2500) % 20000
             ranks.append(
-                launch("train.py", *given, "--batch-size", 2, "--out", root / "two", **place)
+                launch(
+                    "finetune.py",
+                    *given,
+                    "--checkpoint",
+                    *both,
+                    "--batch-size",
+                    2,
+                    "--out",
+                    root / "two",
+                    **place,
+                )
             )
-        assert command(*given, "--batch-size", 4, "--out", root / "one")[0] == 0
+        one = ["--checkpoint", *both, "--batch-size", 4, "--out", root / "one"]
+        assert tune(*given, *one)[0] == 0
         for process in ranks:
             assert process.wait() == 0, process.stdout.read()
         one, two = (json.loads((root / n / "eval.json").read_text()) for n in ("one", "two"))
@@ -1958,43 +1999,42 @@ def test_eval_measures_checkpoints_and_two_processes_do_as_one():
         assert sorted(p.name for p in (root / "one" / "pictures").iterdir()) == sorted(names)
 
         # Pixels alone, and what cannot be measured.
-        alone = ["--eval", "--resume", both[0], *given[4:10], "--out", root / "alone"]
-        assert command(*alone, "--inception-weights", "none")[0] == 0
+        alone = [*RECONSTRUCT, "--checkpoint", both[0], "--val-images", 12, "--out", root / "alone"]
+        assert tune(*alone, "--inception-weights", "none")[0] == 0
         row = json.loads((root / "alone" / "eval.json").read_text())["results"]["mse"]
         assert row["psnr_full"] == one["results"]["mse"]["psnr_full"] and "fid_full" not in row
-        refused("--eval", "--data", "shapes", names=["--resume", "checkpoint.pt"])
-        refused(*alone, "--inception-weights", both[0], names=["Inception weights", "6726825d"])
+        tune_refused(*RECONSTRUCT, names=["--checkpoint is missing"])
+        tune_refused(*RECONSTRUCT, "--checkpoint", "none", names=["random weights"])
+        bad = [*alone, "--inception-weights"]
+        tune_refused(*bad, both[0], names=["Inception weights", "6726825d"])
         torch.save({"fc.bias": torch.zeros(1008)}, root / "part.pth")
-        refused(
-            *alone, "--inception-weights", root / "part.pth", names=["missing: Conv2d_1a", "more"]
-        )
-        refused(*alone, "--inception-weights", root / "no.pth", names=["no.pth", "not exist"])
-        assert command(*FAST, "--image-size", 64, "--limit-images", 4, "--epochs", 1, "--out",
-                       root / "large")[0] == 0  # fmt: skip
-        large = root / "large" / "checkpoint.pt"
-        shapes = ["--data", "shapes"]
-        refused("--eval", "--resume", both[0], large, *shapes, names=["image-size 64", "apart"])
-        refused(*alone, "--mask-ratio", 0.5, names=["--mask-ratio 0.75, not 0.5"])
+        tune_refused(*bad, root / "part.pth", names=["missing: Conv2d_1a", "more"])
+        tune_refused(*bad, root / "no.pth", names=["no.pth", "not exist"])
+        large = [*FAST, "--image-size", 64, "--limit-images", 4, "--epochs", 1]
+        assert command(*large, "--out", root / "large")[0] == 0
+        two = ["--checkpoint", both[0], root / "large" / "checkpoint.pt"]
+        tune_refused(*RECONSTRUCT, *two, names=["image-size 64", "apart"])
+        tune_refused(*alone, "--image-size", 64, names=["--image-size 32, not 64"])
 
 
 def test_an_evaluation_takes_the_images_that_training_held_out():
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_folder(root / "photos", count=20)  # 40 images, 8 of them held out
-        given = ["--eval", "--data", root / "photos", "--workers", 0, "--inception-weights", "none"]
+        given = [*RECONSTRUCT, "--data", root / "photos", "--inception-weights", "none"]
         for seed in (1, 2):
             flags = [*FAST, "--data", root / "photos", "--out", root / str(seed), "--epochs", 1]
             assert command(*flags, "--seed", seed, "--val-images", 8)[0] == 0
         one, two = (root / str(seed) / "checkpoint.pt" for seed in (1, 2))
-        assert command(*given, "--resume", one)[0] == 0
-        found = json.loads((root / "1" / "eval.json").read_text())
+        assert tune(*given, "--checkpoint", one)[0] == 0
+        found = json.loads((root / "1" / "reconstruct" / "eval.json").read_text())
         log = json.loads((root / "1" / "log.jsonl").read_text())
         assert found["images"] == 8 and found["seed"] == 1
         close(found["results"]["mse"]["psnr_full"], log["psnr_full"], 1e-3)
-        refused(*given, "--resume", one, two, names=["different images", "val"])
+        tune_refused(*given, "--checkpoint", one, two, names=["different images", "val"])
         with open(root / "1" / "log.jsonl", "a") as log:
             log.write('{"epoch": 2, "ps')  # a full disk
-        assert command(*given, "--resume", one)[0] == 0
+        assert tune(*given, "--checkpoint", one)[0] == 0
 
 
 def test_unreadable_images_are_left_out_of_an_evaluation():
@@ -2005,9 +2045,9 @@ def test_unreadable_images_are_left_out_of_an_evaluation():
         flags = [*FAST, "--data", root, "--out", root / "run"]
         assert command(*flags, "--epochs", 1)[0] == 0
         (root / "val" / "a" / "2.png").write_text("not an image")
-        given = ["--eval", "--resume", root / "run" / "checkpoint.pt", "--data", root]
-        status, errors = command(*given, "--workers", 0, "--inception-weights", "none")
-        result = json.loads((root / "run" / "eval.json").read_text())
+        given = [*RECONSTRUCT, "--checkpoint", root / "run" / "checkpoint.pt", "--data", root]
+        status, errors = tune(*given, "--inception-weights", "none", "--out", root / "out")
+        result = json.loads((root / "out" / "eval.json").read_text())
         assert status == 0 and "left out" in errors and "a/2.png" in errors
         assert (result["images"], result["unreadable"]) == (7, 1)
 
@@ -2027,7 +2067,7 @@ def test_a_run_within_an_epoch_keeps_its_batch_and_steps_count_from_the_start():
     with tempfile.TemporaryDirectory() as out:
         flags = [*FAST, "--limit-images", 16, "--epochs", 2, "--out", out]
         assert command(*flags, "--steps", 3)[0] == 0  # of 4
-        names = ["4 images a step (now 8)", "epoch's end"]
+        names = ["4 images per step (now 8)", "epoch's end"]
         refused(*flags, "--batch-size", 8, names=names)
         refused(*flags, "--limit-images", 12, names=["16 training images (now 12)"])
         assert command(*flags, "--steps", 3)[0] == 0  # it has its 3 steps: nothing to do
@@ -2066,19 +2106,19 @@ def test_more_processes_than_validation_images_and_unreadable_ones():
 
 
 def test_nonfinite_losses_skip_updates_then_stop_with_the_checkpoint_untouched():
-    real, calls = train.pixel_loss, []
+    real, calls = losses.pixel_loss, []
 
-    def broken(*args):
+    def broken(*args, **options):
         calls.append(None)
-        return real(*args) * (float("nan") if len(calls) > 3 else 1)
+        return real(*args, **options) * (float("nan") if len(calls) > 3 else 1)
 
     with tempfile.TemporaryDirectory() as out:
-        train.pixel_loss = broken
+        losses.pixel_loss = broken
         try:
             flags = [*FAST, "--limit-images", 64, "--out", out, "--save-steps", 1]
             status, errors = command(*flags, "--epochs", 1)
         finally:
-            train.pixel_loss = real
+            losses.pixel_loss = real
         assert status == 2 and "10 non-finite losses in a row" in errors, errors
         assert len(calls) == 13  # 3 good steps, 10 bad ones
         kept = torch.load(Path(out) / "checkpoint.pt", weights_only=True)
@@ -2168,14 +2208,14 @@ def row_gradients(loss, arch, part, accum):
     images, noise, seeds = (x[part] for x in tiny_batch(16))
     pixels = (images * 255).byte()
     if run.ada is not None:
-        run.ada.p.fill_(0.5)
+        run.ada.p = 0.5
     batches = list(zip(*(x.chunk(accum) for x in (pixels, noise, seeds)), strict=True))
     progress = train.new_progress()
-    active = losses.LOSSES[loss]["features"] is not None
-    train.accumulate(run, batches, active, progress, args)
+    active = losses.LOSSES[loss]["phi"] is not None
+    train.step_gradients(run, batches, active, progress, args)
     results = [gradients(n) for n in (run.mae, run.disc) if n is not None]
     state = list(run.ada.state_dict().values()) if run.ada is not None else []
-    return results, [*state, torch.tensor(progress["path_mean"])]
+    return results, [*map(torch.tensor, state), progress["path_mean"]]
 
 
 def gloo_gradients(folder):
@@ -2272,14 +2312,14 @@ def test_exported_weights_start_other_runs():
         ours = torch.load(source, weights_only=True)["mae"]
         for kind, kept in (("mae", 134), ("timm", 78), ("hf", 174)):
             file = root / f"{kind}.pt"
-            assert command("--export", file, "--format", kind, "--resume", source)[0] == 0
+            assert tune("--export", file, "--format", kind, "--checkpoint", source)[0] == 0
             written = torch.load(file, weights_only=True)
             assert len(written["model"] if kind == "mae" else written) == kept
             run, args = tiny_run("--loss", "msg_gan", "--init", str(file), "--seed", "1")
             fresh = {k: v.clone() for k, v in run.mae.state_dict().items()}
             output = io.StringIO()
             with contextlib.redirect_stdout(output):
-                train.initialise(run.mae, args)
+                train.initialise(run, args)
             for name, value in run.mae.state_dict().items():
                 other = name.startswith(("decoder_fuse", "decoder_rgb"))
                 other |= kind == "timm" and name.startswith(("decoder_", "mask_token"))
@@ -2305,18 +2345,17 @@ def test_exported_weights_start_other_runs():
         refused(*fast, "--init", odd, names=["odd.pt", "unexpected: 1, fc.bias"])
         refused(*fast, "--loss", "dvae_p", "--dvae-weights", odd, names=["odd.pt", "dVAE"])
         refused(*fast, "--loss", "vgg_p", "--vgg-weights", odd, names=["odd.pt", "VGG-16"])
-        given = ["--eval", "--resume", source, "--data", "shapes", "--inception-weights", odd]
-        refused(*given, names=["odd.pt", "fc.bias has shape ()"])
+        given = [*RECONSTRUCT, "--checkpoint", source, "--inception-weights", odd]
+        tune_refused(*given, names=["odd.pt", "fc.bias has shape ()"])
         assert command(*small, "--loss", "msg_gan", "--init", source, "--out", root / "msg")[0] == 0
         msg = root / "msg" / "checkpoint.pt"
-        refused("--export", root / "x.pt", "--format", "hf", "--resume", msg, names=["decoder_rgb"])
-        refused("--export", root / "x.pt", names=["--resume"])
-        refused(
-            "--export", root / "no" / "x.pt", "--resume", msg, names=["no/x.pt", "cannot write"]
-        )
+        export = ["--checkpoint", msg, "--export"]
+        tune_refused(*export, root / "x.pt", "--format", "hf", names=["decoder_rgb", "timm"])
+        tune_refused("--export", root / "x.pt", names=["--checkpoint is missing"])
+        tune_refused(*export, root / "no" / "x.pt", names=["no/x.pt", "cannot write"])
         with mock.patch.dict(sys.modules, {"safetensors": None, "safetensors.torch": None}):
             names = ["pip install safetensors"]
-            refused("--export", root / "x.safetensors", "--resume", msg, names=names)
+            tune_refused(*export, root / "x.safetensors", names=names)
             refused(*fast, "--init", root / "x.safetensors", names=names)
         refused(*fast, "--loss", "dvae_p", names=["dvae_p", "--dvae-weights", "encoder.pkl"])
         dvae = loss_network_flags()[0].split("=")[1]
@@ -2327,14 +2366,21 @@ def test_exported_weights_start_other_runs():
 
 # ---- Fine-tuning ---------------------------------------------------------------------------------
 
+CLASSIFY = ("linear", "finetune", "knn")
 PROBE = ["--batch-size", "4", "--workers", "0", "--data", "shapes", "--val-images", "9"]
 RANDOM = ["--checkpoint", "none", "--model", "tiny", "--image-size", "32", "--patch-size", "8"]
 
 
 def probe_run(*flags, classes=3):
     """A finetune.py run without data: (run, args)."""
-    args = finetune.parse_args([str(f) for f in [*RANDOM, "--out", "unused", *flags]])
-    return finetune.build_run(args, finetune.read_weights(args), classes, torch.device("cpu")), args
+    return opened_run([*RANDOM, "--out", "unused", *flags], classes)
+
+
+def opened_run(flags, classes=3):
+    """What finetune.py trains on a checkpoint: (run, args)."""
+    weights, args = finetune.open_checkpoint(finetune.parse_args([str(f) for f in flags]))
+    args.classes = list(range(classes))
+    return finetune.build_run(args, weights, torch.device("cpu")), args
 
 
 def labelled_batch(B=4, classes=3):
@@ -2392,7 +2438,7 @@ def test_a_learnt_position_of_cls_is_kept():
     x = encoder.patch_embed(model.imagenet_normalize(images))
     x = torch.cat([weights["cls_token"].expand(2, -1, -1), x], 1) + weights["pos_embed"]
     expected = encoder.norm(encoder.blocks[0](x))
-    encoder.load_state_dict(model.encoder_weights(weights, 2))
+    encoder.load_state_dict(model.encoder_weights(weights, 2, "file"))
     close(encoder(images), expected, 1e-5)
 
 
@@ -2415,8 +2461,8 @@ def test_a_probe_trains_its_head_alone():
     before = {k: v.clone() for k, v in run.classifier.state_dict().items()}
     features = run.classifier.features(tiny_batch()[0])
     assert not features.requires_grad
-    finetune.set_learning_rates(run, train.new_progress(), 1, args)
-    finetune.accumulate(run, [labelled_batch()], train.new_progress(), args)
+    train.set_rate(run.opt, 0.1)
+    finetune.step_gradients(run, [labelled_batch()], train.new_progress(), args)
     assert all(p.grad is None for p in run.classifier.encoder.parameters())
     finetune.update(run, apply=True)
     changed = {k for k, v in run.classifier.state_dict().items() if not torch.equal(v, before[k])}
@@ -2439,7 +2485,7 @@ def test_a_run_may_go_on_with_mixup_and_cutmix_turned_on():
     with tempfile.TemporaryDirectory() as folder:
         flags = [*RANDOM, *PROBE, "--task", "finetune", "--limit-images", 16, "--out", folder]
         off = ["--mixup", 0, "--cutmix", 0]
-        assert command(*flags, *off, "--epochs", 1, script=finetune)[0] == 0
+        assert tune(*flags, *off, "--epochs", 1)[0] == 0
         assert command(*flags, "--epochs", 2, script=finetune) == (0, "")
 
 
@@ -2479,7 +2525,7 @@ def test_mixed_targets_have_the_share_of_their_pixels():
 
 def test_layer_decay_halves_the_rate_from_layer_to_layer():
     run, args = probe_run("--layer-decay", 0.5, "--lr", 1.0, "--warmup-epochs", 0)
-    finetune.set_learning_rates(run, train.new_progress(), 10, args)
+    train.set_rate(run.opt, args.lr)
     found = {}
     for group in run.opt.param_groups:
         for p in group["params"]:
@@ -2600,17 +2646,14 @@ def test_every_kind_of_autoencoder_and_published_files_load_as_they_were():
             state = mae.state_dict()
             encoder = {k: v for k, v in state.items() if not k.startswith(("decoder", "mask"))}
             space = argparse.Namespace(lr=1)  # as MAE's own checkpoints hold
-            files = [{"mae": state, "arguments": sizes, "progress": {}}]
+            files = [{"mae": state, "arguments": sizes, "script": "train.py"}]
             files += [{"model": encoder}, {"model": state, "args": space}] if scales == 1 else []
             for content in files:
                 torch.save(content, path)
-                args = finetune.parse_args(["--checkpoint", str(path), "--task", "knn"])
-                weights = finetune.read_weights(args)
+                run, args = opened_run(["--checkpoint", path, "--task", "knn"])
                 assert (args.model, args.image_size, args.patch_size) == ("tiny", 32, 8)
-                run = finetune.build_run(args, weights, 3, torch.device("cpu"))
-                assert torch.equal(run.classifier.encoder(images), mae.encode(images))
-        args = finetune.parse_args(["--checkpoint", str(path), "--image-size", "48"])
-        run = finetune.build_run(args, finetune.read_weights(args), 3, torch.device("cpu"))
+                assert torch.equal(run.classifier.encoder(images), mae.encode(images)[0])
+        run, _ = opened_run(["--checkpoint", path, "--image-size", 48])
         assert run.classifier(torch.rand(2, 3, 48, 48)).shape == (2, 3)
 
 
@@ -2619,7 +2662,7 @@ def test_encoders_load_whole_or_not_at_all_and_bad_flags_end_in_one_line():
         weights = model.build_mae("tiny", 32, 8).state_dict()
         change(weights)
         sizes = {"model": "tiny", "image_size": 32, "patch_size": 8}
-        torch.save({"mae": weights, "arguments": sizes, "progress": {}}, path)
+        torch.save({"mae": weights, "arguments": sizes, "script": "train.py"}, path)
 
     def rejected(*flags, names):
         refused("--out", path.parent / "run", *PROBE, *flags, names=names, script=finetune)
@@ -2694,11 +2737,11 @@ def test_fine_tuning_stopped_in_mid_epoch_continues_bit_for_bit_and_eval_agrees(
         with tempfile.TemporaryDirectory() as folder:
             once, twice = folder + "/once", folder + "/twice"
             flags_of_task = [*flags, "--task", task]
-            assert command(*flags_of_task, "--out", once, script=finetune)[0] == 0
+            assert tune(*flags_of_task, "--out", once)[0] == 0
             args = [*flags_of_task, "--out", twice]
-            assert command(*args, "--steps", 6, script=finetune)[0] == 0  # of 8
+            assert tune(*args, "--steps", 6)[0] == 0  # of 8
             refused(*args, "--pool", "mean", names=["--pool cls (now mean)"], script=finetune)
-            assert command(*args, script=finetune)[0] == 0
+            assert tune(*args)[0] == 0
             same_weights(once, twice)
             logs = [Path(p, "log.jsonl").read_text().splitlines() for p in (once, twice)]
             rows = [[json.loads(line) for line in log] for log in logs]
@@ -2727,7 +2770,7 @@ def test_a_probe_and_fine_tuning_learn_colours():
         flags += ["--mixup", 0, "--cutmix", 0, "--rand-augment", 0, "--lr", 3e-3]
         for task in ("linear", "finetune", "knn"):
             out = Path(folder) / task
-            assert command(*flags, "--task", task, "--out", out, script=finetune)[0] == 0
+            assert tune(*flags, "--task", task, "--out", out)[0] == 0
             row = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
             assert row["top1"] == 100, (task, row)
             assert "top5" not in row
@@ -2739,19 +2782,19 @@ def test_two_processes_measure_what_one_does():
     flags += ["--mixup", 0, "--cutmix", 0]  # these act on the batch of a process
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
-        for number, task in enumerate(finetune.TASKS):
+        for number, task in enumerate(CLASSIFY):
             own = ["--task", task, "--out", f"{folder}/{task}2", "--batch-size", 2]
             port = 20000 + (os.getpid() + 5000 * (number + 1)) % 20000
             for r in range(2):
                 place = dict(RANK=r, WORLD_SIZE=2, LOCAL_RANK=r, MASTER_PORT=port)
                 place["MASTER_ADDR"] = "127.0.0.1"
                 ranks.append(launch("finetune.py", *flags, *own, **place))
-        for task in finetune.TASKS:
+        for task in CLASSIFY:
             own = ["--task", task, "--out", f"{folder}/{task}1", "--batch-size", 4]
-            assert command(*flags, *own, script=finetune)[0] == 0
+            assert tune(*flags, *own)[0] == 0
         for process in ranks:
             assert process.wait() == 0, process.stdout.read()
-        for task in finetune.TASKS:
+        for task in CLASSIFY:
             logs = [Path(folder, f"{task}{world}", "log.jsonl").read_text() for world in (1, 2)]
             one, two = (json.loads(log) for log in logs)
             assert one["val_images"] == two["val_images"] == 21
