@@ -476,7 +476,10 @@ def open_sources(data, *, image_size, seed):
     root = Path(data)
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
-        raise ValueError(f"--data {data} {what}; give a folder of images, or try --data shapes")
+        raise ValueError(
+            f"--data {data} {what}; give a folder of images, --data shapes (drawn on the fly), or "
+            "--demo"
+        )
     if (root / "train").is_dir():
         train = scan_folder(root / "train")
         if (root / "val").is_dir():

@@ -122,7 +122,8 @@ def train_classifier(args, weights, train_set, val_set, device):
             finish_epoch(run, progress, lr, val, args)  # measures, logs, keeps the best; moves on
             if stopping or epoch % args.save_every == 0 or epoch == args.epochs:
                 train.save_checkpoint(Path(args.out) / "checkpoint.pt", run, progress, args)
-    train.say_how_it_ended(stopping, progress, args)
+    how = f"stopped at step {progress['step']}; the same command goes on" if stopping else "done"
+    say(f"{how}: results are in {args.out}")
     return stop["signal"], progress.get("best", 0.0)
 
 

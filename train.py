@@ -100,21 +100,25 @@ def backward(run, images, mask_noise, seeds, *, eq3_on, share, args):
         # images from reconstructions are those which G has to match.
         terms |= losses.perceptual_terms(phi_fake, phi_real, args.delta_f, args.delta_s)
 
-    # G, in two stages: first from every term through D or phi to the images, whose parameters get
-    # nothing of it; then from there, together with the pixel term, in one pass through the MAE.
+    # G's gradient, in two stages: from these terms through D or phi, whose parameters get nothing
+    # of it, to the images; then from there, with the pixel term's, in one pass through the MAE.
     image_grads = [torch.zeros_like(x) for x in fakes]  # DDP wants each output in the graph
     if terms:
-        objective = run.scaler_g.scale(sum(terms.values()) * share)
+        total = run.scaler_g.scale(sum(terms.values()) * share)
         image_grads = torch.autograd.grad(
-            objective, fakes, retain_graph=True, allow_unused=True, materialize_grads=True
+            total,
+            fakes,
+            retain_graph=run.disc is not None,  # D's own loss goes back through it, below
+            materialize_grads=True,  # zeros for scales that a single-scale D does not look at
         )
-    objective = run.scaler_g.scale(pixel * share)
-    torch.autograd.backward([objective, *outputs], [None, *image_grads])
+    total = run.scaler_g.scale(pixel * share)
+    torch.autograd.backward([total, *outputs], [None, *image_grads])
     terms["pixel"] = pixel
 
-    # D: from eq. 4 to its parameters, and no further. PAPER SILENT: the order of the two players'
-    # updates. Both gradients are taken at the same weights, so that one forward pass of D serves
-    # eq. 3, 4 and 5, and both sides of eq. 3 come from the same D.
+    # D's gradient: from eq. 4 to its parameters, and no further.
+    # PAPER SILENT: the order of the two players' updates. Both gradients are taken at the same
+    # weights, so that one forward pass of D serves eq. 3, 4 and 5, and both sides of eq. 3 come
+    # from the same D.
     if run.disc is not None:
         terms["discriminator"] = losses.lsgan_d_loss(logits_real, logits_fake)
         loss_d = run.scaler_d.scale(terms["discriminator"] * share)
@@ -321,7 +325,8 @@ def pretrain(args, device, rank, world):
             finish_epoch(run, progress, lr, fixed, args)  # measures, logs, draws; moves on
             if stopping or epoch % args.save_every == 0 or epoch == args.epochs:
                 save_checkpoint(Path(args.out) / "checkpoint.pt", run, progress, args)
-    say_how_it_ended(stopping, progress, args)
+    how = f"stopped at step {progress['step']}; the same command goes on" if stopping else "done"
+    say(f"{how}: results are in {args.out}")
     return stop["signal"]
 
 
@@ -659,11 +664,6 @@ def images_per_step(args):
 
 def open_data(args, image_size):
     """-> (training, validation) source of --data; one line and status 2 if that cannot be."""
-    if args.data == "data/imagenet" and not Path(args.data).exists():
-        fail(
-            "data/imagenet does not exist: put ImageNet there, or give --data PATH, "
-            "--data shapes (drawn on the fly), or --demo"
-        )
     with refusals(), first_of_a_node_first():  # it downloads what is to be downloaded
         sources = data.open_sources(args.data, image_size=image_size, seed=args.seed)
     if getattr(sources[1], "held_out", False):
@@ -811,22 +811,13 @@ def resume(run, path, layout, args):
 
 def finished(progress, args):
     """Has the run all of its epochs or steps already? Says so."""
-    checkpoint = f"{args.out}/checkpoint.pt"
     if progress["epoch"] > args.epochs:
-        say(f"{checkpoint} has all its {args.epochs} epochs; raise --epochs")
+        say(f"{args.out} has all its {args.epochs} epochs; raise --epochs")
     elif args.steps and progress["step"] >= args.steps:
-        say(f"{checkpoint} has its {args.steps} steps; raise --steps, or leave it off")
+        say(f"{args.out} has its {args.steps} steps; raise --steps, or leave it off")
     else:
         return False
     return True
-
-
-def say_how_it_ended(stopping, progress, args):
-    """The last line of a run."""
-    if stopping:
-        say(f"stopped at step {progress['step']}; the same command continues {args.out}")
-    else:
-        say(f"done: results are in {args.out}")
 
 
 # ---- Steps and epochs: what is shared, counted and logged ----------------------------------------
