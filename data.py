@@ -492,11 +492,11 @@ def open_sources(data, *, image_size, seed):
 
 
 class PretrainSet(Dataset):
-    """Samples for pre-training: `set[(epoch, index)]` is (image, noise, seed, bad).
+    """Samples for pre-training: `set[(epoch, index)]` is (image, mask_noise, seed, bad).
 
-    image: uint8 (3, S, S). noise: (N,), which fixes the mask. seed: int, for whatever else this
-    sample draws. bad: [(index, reason)] of files that could not be read on the way to a readable
-    one; the next image stands in for them.
+    image: uint8 (3, S, S). mask_noise: (N,), which fixes the mask. seed: int, for whatever else
+    this sample draws. bad: [(index, reason)] of files that could not be read on the way to a
+    readable one; the next image stands in for them.
 
     PAPER: supplement, Table 1: RandomResizedCrop and colour jitter 0.4. PAPER SILENT: crop scale
     (.2, 1) and flips are MAE's; jitter is of brightness, contrast and saturation, not of hue (the
@@ -580,7 +580,7 @@ class PretrainSet(Dataset):
 class LabelledSet(PretrainSet):
     """Samples for classification: `set[(epoch, index)]` is (image, label, seed, bad).
 
-    As `PretrainSet`, with the label, int64 (), in the noise's place. An unreadable image is
+    As `PretrainSet`, with the label, int64 (), in mask_noise's place. An unreadable image is
     replaced by the next one and its label, but without augmentation the label becomes -1, "do not
     count": measuring an image twice would be wrong.
 
@@ -645,7 +645,7 @@ def choose_images(targets, *, seed, fraction=None, shots=None, limit=None):
     """Which images to use: sorted indices, a choice that depends on the seed alone.
 
     targets: label of each image. At most one of: fraction, of each class (rounded, at least one
-    image); shots, images a class; limit, images whatever their class. ValueError if a class has
+    image); shots, images per class; limit, images whatever their class. ValueError if a class has
     fewer than `shots`.
     """
     if limit is not None:
@@ -680,7 +680,7 @@ def check_classes(first, second, names):
 
 
 def collate(samples):
-    """Samples -> (images (B, 3, S, S) uint8, noise (B, N) or labels (B,), seeds (B,), bad)."""
+    """Samples -> (images (B, 3, S, S) uint8, mask_noise (B, N) or labels (B,), seeds, bad)."""
     images, companions, seeds, bad = zip(*samples, strict=True)
     return torch.stack(images), torch.stack(companions), torch.tensor(seeds), sum(bad, [])
 
@@ -764,7 +764,7 @@ def heat(maps):
 
 
 def save_picture(path, columns, gap=6):
-    """Write a PNG with one row an image and one labelled column for each entry of `columns`.
+    """Write a PNG with one row per image and one labelled column for each entry of `columns`.
 
     columns: {title: (B, 3, h, w) in [0, 1], clamped here}. The first column's images are shown
     pixel by pixel, small ones enlarged, or halved where there are more than 8 columns; the sizes of

@@ -201,7 +201,7 @@ def build_mix(args, classes):
     """Mixup or CutMix, with equal chances where both are on; None if neither is.
 
     PAPER: supplement, Table 2: mixup .8, cutmix 1. PAPER SILENT: how the two share batches; ours is
-    MAE's way, every batch gets one of them, with one draw a batch and process.
+    MAE's way, every batch gets one of them, with one draw per batch and process.
     """
     mixes = []
     if args.mixup:
@@ -474,7 +474,9 @@ def measure(runs, val_set, inception, args):
     rank = dist.get_rank() if dist.is_initialized() else 0
     indices = torch.arange(rank, len(val_set), train.world_size())
     loader, done = shard(val_set, args), 0
-    for images, noise, _, bad in tqdm(loader, disable=None if is_main() else True, unit="batches"):
+    for images, mask_noise, _, bad in tqdm(
+        loader, disable=None if is_main() else True, unit="batches"
+    ):
         index = indices[done : done + len(images)]
         done += len(images)
         found |= dict(bad)
@@ -486,7 +488,7 @@ def measure(runs, val_set, inception, args):
         totals["images"] += len(real)
         count_features("real", "", real, split)
         for name, run in runs.items():
-            fake, hidden = train.reconstruct(run, real, noise[kept].to(device), run.args)
+            fake, hidden = train.reconstruct(run, real, mask_noise[kept].to(device), run.args)
             values, fakes = losses.image_quality(fake, real, hidden)
             for metric, value in values.items():
                 totals[name, metric] += value
@@ -535,11 +537,11 @@ def draw_figures(folder, runs, val_set, rows=8):
     by side, and the heads in attention_NAME.png each.
     """
     device = torch.device(next(iter(runs.values())).device)
-    images, noise = data.collate([val_set[0, i] for i in range(min(rows, len(val_set)))])[:2]
-    real, noise = data.to_float(images.to(device)), noise.to(device)
+    images, mask_noise = data.collate([val_set[0, i] for i in range(min(rows, len(val_set)))])[:2]
+    real, mask_noise = data.to_float(images.to(device)), mask_noise.to(device)
     figure_2, figure_3 = {"original": real}, {"original": real}
     for name, run in runs.items():
-        fake, hidden = train.reconstruct(run, real, noise, run.args)
+        fake, hidden = train.reconstruct(run, real, mask_noise, run.args)
         figure_2["masked"] = data.grey_out(real, hidden)
         figure_2[name] = torch.where(hidden > 0, fake, real)
         maps = run.mae.cls_attention(real).cpu()  # (B, heads, side, side)

@@ -327,7 +327,7 @@ class MAE(ViT):
         )
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
         self.decoder_pred = linear(decoder_width, 3 * patch_size**2)
-        # Scale l has patches of p = patch_size / 2^l pixels, down to one pixel a patch.
+        # Scale l has patches of p = patch_size / 2^l pixels, down to one pixel per patch.
         # PAPER SILENT: how a map is "converted to an RGB image". A norm and a linear layer each.
         self.decoder_rgb = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(decoder_width, eps=1e-6), linear(decoder_width, 3 * p * p))
