@@ -331,7 +331,7 @@ def pretrain(args, device, rank, world):
 
 
 # ==================================================================================================
-# What keeps a run alive: nothing below changes what is computed.
+# What keeps a run alive. Whoever stops here has read the method.
 # ==================================================================================================
 
 # ---- Ending, saying ------------------------------------------------------------------------------
@@ -781,7 +781,8 @@ def resume(run, path, layout, args):
     with refusals():
         checkpoint = model.load_file(path, kind)
     if checkpoint.get("script") != run.script:
-        fail(f"{path} is not {kind} (it holds {', '.join(map(str, checkpoint)) or 'nothing'})")
+        found = ", ".join(map(str, checkpoint)) or "nothing"
+        fail(f"{path} is not {kind} (it holds {found:.60})")
     then, now = checkpoint["arguments"], vars(args)
     differ = [k for k in run.must_fit if then.get(k) != now[k]]
     if differ:
