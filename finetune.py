@@ -8,10 +8,10 @@
     python finetune.py --export encoder.pt --format timm --checkpoint runs/mse/checkpoint.pt
 
 --task linear, finetune and knn classify: sec. 4 of the paper ("Fine-tuning"), the supplement's
-Table 2. --task reconstruct measures and draws reconstructions: Table 1, Figures 2 and 3. A task is
-data, network, loss and metric. Reads down: the classifier's step and loop, accuracy, k-NN,
-reconstructions; then, under a banner, checkpoints, data, benchmark, command line. What keeps a run
-alive (processes, precision, checkpoints) is train.py's.
+Table 2. --task reconstruct measures and draws reconstructions: Table 1, Figures 2 and 3. In order:
+the classifier's step and loop, its network and optimiser, accuracy, k-NN, reconstructions; then,
+under a banner, checkpoints, data, benchmark, command line. What keeps a run alive (processes,
+precision, checkpoints) is train.py's.
 
 --checkpoint takes those of train.py, any project's file of ViT-MAE weights, or `none`: random
 weights. Writes to OUT: checkpoint.pt, best.pt (highest top-1) and log.jsonl, where top1 and top5
@@ -51,7 +51,7 @@ def classification_loss(logits, targets, label_smoothing):
 
 
 def step_gradients(run, batches, progress, args):
-    """Average the gradients of a step's batches -> {"loss": their mean}."""
+    """Accumulate the mean gradient of a step's batches -> {"loss": their mean}."""
     total, share = 0, 1 / len(batches)
     rank = dist.get_rank() if dist.is_initialized() else 0
     for number, (images, labels, *_) in enumerate(batches, start=1):
@@ -98,9 +98,9 @@ def train_classifier(args, weights, train_set, val_set, device):
     while progress["epoch"] <= args.epochs and not stopping:
         epoch = progress["epoch"]
         sampler.epoch, sampler.start = epoch, progress["epoch_step"]  # resumes in mid-epoch
-        bar, passes, clock = train.progress_bar(sampler, args), iter(loader), perf_counter()
+        bar, stream, clock = train.progress_bar(sampler, args), iter(loader), perf_counter()
 
-        while batches := list(islice(passes, args.accum)):  # one step
+        while batches := list(islice(stream, args.accum)):  # one step
             position = (epoch - 1) * sampler.steps + progress["epoch_step"]
             warmup, total = args.warmup_epochs * sampler.steps, args.epochs * sampler.steps
             lr = train.learning_rate(position, warmup, total, args.lr)
@@ -698,12 +698,12 @@ def benchmark(args, device):
 # What --task means for the flags that are not given.
 # PAPER: supplement, Table 2, "for linear probing and fine-tuning". DIFFERS: a probe gets none of
 # the table's regularisation (MAE's does not either): one linear layer would underfit.
+FINETUNE = dict(label_smoothing=0.1, mixup=0.8, cutmix=1.0, rand_augment=9.0, weight_decay=0.05)
+PLAIN = dict.fromkeys(FINETUNE, 0.0)
 # PAPER SILENT: layer-wise decay and stochastic depth; ours are MAE's for ViT-B.
-PLAIN = dict(label_smoothing=0.0, mixup=0.0, cutmix=0.0, rand_augment=0.0, drop_path=0.0)
-PLAIN |= dict(weight_decay=0.0, layer_decay=1.0)
-TABLE_2 = dict(label_smoothing=0.1, mixup=0.8, cutmix=1.0, rand_augment=9.0, drop_path=0.1)
-TABLE_2 |= dict(weight_decay=0.05, layer_decay=0.75)
-TASKS = {"linear": PLAIN, "finetune": TABLE_2, "knn": PLAIN, "reconstruct": PLAIN}
+FINETUNE |= dict(layer_decay=0.75, drop_path=0.1)
+PLAIN |= dict(layer_decay=1.0, drop_path=0.0)
+TASKS = {"linear": PLAIN, "finetune": FINETUNE, "knn": PLAIN, "reconstruct": PLAIN}
 # `--demo`: measures what `train.py --demo` wrote against random weights, on two CPU cores.
 DEMO = dict(
     checkpoints=["runs/demo/checkpoint.pt"],

@@ -1,10 +1,10 @@
 """Losses of Perceptual MAE (paper sec. 3.1, eq. 1-7), gradient regularisers (sec. 3.2), metrics.
 
-To copy: this file needs torch alone. Images are float (B, 3, H, W) in [0, 1]; masks are (B, N)
+Self-contained: needs only torch. Images are float (B, 3, H, W) in [0, 1]; masks are (B, N)
 with 1 = hidden; feature maps come as lists of (B, C_j, H_j, W_j). Every loss returns a scalar, in
 float32 whatever the autocast.
 
-`LOSSES` is the one table from which `train.py --loss` chooses. Reads down: the pixel terms (MAE's
+`LOSSES` is the one table from which `train.py --loss` chooses. In order: the pixel terms (MAE's
 masked MSE, eq. 1, eq. 2), the perceptual term (eq. 3), the adversarial pair (eq. 4 and 5), the
 regularisers, then metrics.
 """
@@ -42,6 +42,7 @@ LOSSES = {
     "vgg_p": ROW | dict(phi="vgg"),
 }
 
+# Pixel statistics of ImageNet, as in model.py: each file can be copied alone.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -91,6 +92,7 @@ def patch_statistics(patches):
 def masked_mse(reconstruction, images, mask, patch_size, norm_pix=False):
     """MAE's loss: mean squared error over the hidden patches (He et al. 2022).
 
+    PAPER SILENT: whether `mse` has norm_pix, MAE's better variant; off unless --norm-pix-loss.
     reconstruction, images: (B, 3, H, W) in [0, 1]; both are ImageNet-normalised here, so that
     values compare with published ones. norm_pix: each target patch is normalised by its own mean
     and deviation, and the reconstruction is what should match that.
@@ -113,7 +115,7 @@ def normalised_l1(reconstruction, images):
 
     PAPER SILENT: its unit, and whether its norm is a sum. Ours is the mean over pixels, so that
     weights do not depend on the image size, in ImageNet-normalised units, those the MAE predicts
-    in (the authors' code: the same, but counted twice).
+    in (the authors' code: the same unit, but the term is added twice).
     """
     difference = reconstruction.float() - images.float()  # the mean colour cancels
     return (difference / per_channel(IMAGENET_STD, difference)).abs().mean()
@@ -148,9 +150,10 @@ def ms_ssim_l1(reconstruction, images, alpha=0.85, scales=4):
     """Multi-scale SSIM + L1. PAPER: eq. 2, mean over the scales of alpha (1 - SSIM) / 2 + (1 -
     alpha) L1, with 3 x 3 mean windows; alpha .85, 4 scales.
 
-    PAPER SILENT: each scale halves the last by averaging; windows stay inside the image; L1 is
-    taken at every scale, like SSIM; images are in [0, 1] (the authors' code sums over the scales,
-    and feeds ImageNet-normalised images to constants made for [0, 1]).
+    PAPER SILENT: (1 - alpha) L1 takes the place of eq. 1's L1, at every scale, like SSIM; each
+    scale halves the last by averaging; windows stay inside the image; images are in [0, 1] (the
+    authors' code sums over the scales, and feeds ImageNet-normalised images to constants made for
+    [0, 1]).
     ValueError if the coarsest scale is smaller than a window.
     """
     smallest = min(images.shape[2:]) >> (scales - 1)
@@ -191,7 +194,7 @@ def pixel_loss(kind, fakes, reals, mask, *, patch_size, norm_pix=False, alpha=0.
             norm_here = norm_pix and level == 0
             terms.append(masked_mse(fake, real, mask, patch_size >> level, norm_here))
         elif kind == "ms_ssim_l1":
-            fitting = min(4, (real.shape[2] // 3).bit_length())  # halvings down to a 3 px window
+            fitting = min(4, (real.shape[2] // 3).bit_length())  # scales that hold a 3 px window
             if fitting:
                 terms.append(ms_ssim_l1(fake, real, alpha=alpha, scales=fitting))
         else:
@@ -203,10 +206,10 @@ def pixel_loss(kind, fakes, reals, mask, *, patch_size, norm_pix=False, alpha=0.
 
 
 def gram(features):
-    """Gram matrix Psi (Johnson et al. 2016): (B, C, H, W) -> F F^T / (C H W), (B, C, C).
+    """Gram matrix Psi (Johnson et al. 2016): X X^T / (C H W) of X (C, H W), for each sample.
 
-    float32 with autocast off: in fp16 the products overflow on the diagonal, also under autocast
-    with float32 inputs.
+    (B, C, H, W) -> (B, C, C), in float32. Autocast is off: it would run the product in fp16, where
+    the diagonal overflows, whatever the type of its inputs.
     """
     B, C, H, W = features.shape
     with torch.autocast(features.device.type, enabled=False):
@@ -215,7 +218,8 @@ def gram(features):
 
 
 def feature_loss(features_fake, features_real):
-    """First sum of eq. 3: sum over layers of the mean |phi^j(G(I_m)) - phi^j(I)|.
+    """First sum of eq. 3: sum over layers of the mean, over batch and elements, of
+    |phi^j(G(I_m)) - phi^j(I)|.
 
     Lists of (B, C_j, H_j, W_j) from the same phi. The real side is detached: it is the target.
     """
@@ -287,19 +291,19 @@ def path_lengths(features, z, probe):
 
     PAPER: sec. 3.2, "perceptual path regularisation between the decoder input and discriminator
     feature maps". A random direction in feature space, s = sum_j <phi^j, eps_j> / sqrt(J N_j), has
-    the slope g = ds/dz; the length is a = sqrt(mean_l sum_d g^2), and E a^2 is d times the mean
-    squared entry of the maps' Jacobians. The divisors give every map the same share of the probe's
-    energy.
+    the slope g = ds/dz, one vector per token. The length a is the root mean square, over tokens, of
+    |g|; E a^2 is the number of channels of z times the mean squared entry of the maps' Jacobians.
+    PAPER SILENT: the probe. The divisors give every map the same part of its energy.
 
     features: J maps (B, C_j, h_j, w_j) of D at the reconstruction, N_j = C_j h_j w_j
-    z:        (B, L, d) decoder input that `features` were computed from
+    z:        (B, tokens, channels), the decoder input that `features` were computed from
     probe:    J tensors eps_j shaped as `features`, from N(0, I), drawn by the caller
 
     Attention must run its forward under sdpa_kernel(SDPBackend.MATH): the fused kernels have no
     second derivative. D must not be under no_grad.
     """
-    shares = [math.sqrt(len(features) * f[0].numel()) for f in features]
-    s = sum((f.float() * e / n).sum() for f, e, n in zip(features, probe, shares, strict=True))
+    divisors = [math.sqrt(len(features) * f[0].numel()) for f in features]
+    s = sum((f.float() * e / n).sum() for f, e, n in zip(features, probe, divisors, strict=True))
     (g,) = torch.autograd.grad(s, z, create_graph=True)  # samples are independent: one call
     return (g.float().square().sum(dim=2).mean(dim=1) + 1e-8).sqrt()  # sqrt(0) has slope inf
 
@@ -307,8 +311,8 @@ def path_lengths(features, z, probe):
 def path_length_penalty(lengths, mean):
     """Penalty mean((a / mean - 1)^2) on lengths a (B,) away from their running mean (detached).
 
-    PAPER SILENT: its scale. Relative to the mean, because the size of a depends on L and on D's
-    features; StyleGAN2 penalises the absolute (a - mean)^2.
+    PAPER SILENT: its scale. Relative to the mean, because the size of a depends on the number of
+    tokens and on D's features; StyleGAN2 penalises the absolute (a - mean)^2.
     """
     return (lengths / mean - 1).square().mean()
 

@@ -4,7 +4,7 @@ Implements the MAE of He et al. 2022 as the Perceptual MAE paper configures it (
 supplement's Table 1), its skip connections (sec. 3.3), the discriminators D of sec. 3.1 and 3.2,
 each of which is also the loss network phi, and adaptive discriminator augmentation (sec. 3.2).
 
-To copy: this file needs torch alone. Every network takes images as float (B, 3, H, W) in [0, 1]
+Self-contained: needs only torch. Every network takes images as float (B, 3, H, W) in [0, 1]
 and normalises them on its own first line; reconstructions come back in the same units. Parameter
 names are those of the published MAE, so its checkpoints load strictly into `MAE`, and the encoder
 loads into timm's ViT.
@@ -53,13 +53,6 @@ DISCRIMINATOR_WIDTHS = {
     "small": (32, 256),
     "base": (64, 512),
     "large": (64, 512),
-}
-# PAPER SILENT: D's Adam, (learning rate, betas) by kind of D. StyleGAN2's own where weights are
-# N(0, 1); otherwise what LS-GANs commonly use. (--d-lr, --d-betas)
-DISCRIMINATOR_ADAM = {
-    "conv": (2e-4, (0.5, 0.99)),
-    "msg": (2e-4, (0.5, 0.99)),
-    "stylegan2": (2.5e-3, (0.0, 0.99)),
 }
 
 
@@ -327,11 +320,11 @@ class MAE(ViT):
         )
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
         self.decoder_pred = linear(decoder_width, 3 * patch_size**2)
-        # Scale l has patches of p = patch_size / 2^l pixels, down to one pixel per patch.
+        # At scale l, patches have p = patch_size / 2^l pixels, down to one.
         # PAPER SILENT: how a map is "converted to an RGB image". A norm and a linear layer each.
         self.decoder_rgb = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(decoder_width, eps=1e-6), linear(decoder_width, 3 * p * p))
-            for p in (patch_size >> level for level in range(1, scales))
+            for p in (patch_size >> scale for scale in range(1, scales))
         )
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -373,18 +366,18 @@ class MAE(ViT):
         maps = [inputs[0]]  # the decoder's input and the output of each block, (B, 1 + N, d)
         for number, block in enumerate(self.decoder_blocks, start=1):
             maps.append(block(self.fuse(maps[-1], inputs, number)))
-        # PAPER: sec. 3.3, each block's result is "simultaneously converted to an RGB image at the
-        # required scale": the finest image from the last block, the next from the block before.
-        # PAPER SILENT: scales beyond the number of blocks come from the decoder's input.
-        heads = [nn.Sequential(self.decoder_norm, self.decoder_pred), *self.decoder_rgb]
+        # PAPER: sec. 3.3, "simultaneously converted to an RGB image at the required scale".
+        # PAPER SILENT: which block gives which. The last gives the finest image, each earlier one
+        # half its size; scales beyond the number of blocks come from the decoder's input.
+        to_rgb = [nn.Sequential(self.decoder_norm, self.decoder_pred), *self.decoder_rgb]
         images = []
-        for level, head in enumerate(heads):
-            x = maps[max(0, len(maps) - 1 - level)][:, 1:]  # (B, N, d), CLS dropped
+        for scale, layers in enumerate(to_rgb):
+            x = maps[max(0, len(maps) - 1 - scale)][:, 1:]  # (B, N, d), CLS dropped
             # float32 whatever the autocast: losses compare pixels, and a bf16 step near 1 is .004,
             # a whole grey level of 255.
             with torch.autocast(x.device.type, enabled=False):
-                x = head(x.float())  # (B, N, 3pp) with p = patch_size / 2^level
-            images.append(imagenet_denormalize(unpatchify(x, self.patch_size >> level)))
+                x = layers(x.float())  # (B, N, 3pp) with p = patch_size / 2^scale
+            images.append(imagenet_denormalize(unpatchify(x, self.patch_size >> scale)))
         return images
 
     def fuse(self, x, inputs, number):
@@ -413,6 +406,8 @@ class MSGMAE(MAE):
         self.skip_levels = [
             round(depth - 1 - i * (depth - 2) / max(1, steps - 1)) for i in range(steps)
         ]
+        # PAPER SILENT: "a single learnt linear layer" for all blocks or one each. One each, and
+        # none for block 1, whose input is the last level itself.
         self.decoder_fuse = nn.ModuleList(
             linear(2 * decoder_width, decoder_width) for _ in range(steps)
         )
@@ -423,11 +418,11 @@ class MSGMAE(MAE):
 
     def decoder_inputs(self, images, ids_keep, ids_restore):
         """-> [the decoder's input, then the skips of decoder blocks 2, 3, ...]."""
-        tokens, levels = self.encode(images, ids_keep, self.skip_levels)
-        # PAPER SILENT: intermediate levels have no norm of their own; without one their scale
-        # grows with depth, and `decoder_embed` is shared with the normalised last level.
-        levels = [F.layer_norm(x, x.shape[-1:]) for x in levels]
-        return [self.to_decoder(x, ids_restore) for x in [tokens, *levels]]
+        tokens, skips = self.encode(images, ids_keep, self.skip_levels)
+        # PAPER SILENT: intermediate levels have no norm of their own; without one their size grows
+        # with depth, and `decoder_embed` is shared with the normalised last level.
+        skips = [F.layer_norm(x, x.shape[-1:]) for x in skips]
+        return [self.to_decoder(x, ids_restore) for x in [tokens, *skips]]
 
     def fuse(self, x, inputs, number):
         """What decoder block `number` takes. PAPER: "concatenated", "of length 2d"."""
@@ -444,90 +439,6 @@ def build_mae(size, image_size=224, patch_size=16, arch="mae", scales=1):
     """
     network = {"mae": MAE, "msg_mae": MSGMAE}[arch]
     return network(image_size=image_size, patch_size=patch_size, scales=scales, **MAE_SIZES[size])
-
-
-# ---- Classifier: the encoder after pre-training (sec. 4, fine-tuning) ----------------------------
-
-
-class BatchStandardize(nn.Module):
-    """Batch normalisation without weights, for features (B, C) that need no gradient.
-
-    As nn.BatchNorm1d(affine=False), but with the statistics of all processes' batches, so that
-    two processes do what one with twice the batch does (nn.SyncBatchNorm does it on GPUs alone).
-    """
-
-    def __init__(self, width, momentum=0.1, eps=1e-6):
-        super().__init__()
-        self.momentum, self.eps = momentum, eps
-        self.register_buffer("running_mean", torch.zeros(width))
-        self.register_buffer("running_var", torch.ones(width))
-
-    def forward(self, x):
-        x, mean, var = x.float(), self.running_mean, self.running_var
-        if self.training:
-            double = x.double()
-            sums = torch.stack([torch.ones_like(double), double, double.square()]).sum(1)  # (3, C)
-            if dist.is_initialized():
-                dist.all_reduce(sums)
-            count = sums[0]
-            mean = sums[1] / count
-            var = (sums[2] / count - mean.square()).clamp(min=0)
-            unbiased = var * count / (count - 1).clamp(min=1)
-            self.running_mean.lerp_(mean.float(), self.momentum)
-            self.running_var.lerp_(unbiased.float(), self.momentum)
-        return (x - mean.float()) / (var.float() + self.eps).sqrt()
-
-
-class Classifier(nn.Module):
-    """ViT encoder with the original ViT's head: one linear layer. Images -> logits (B, classes).
-
-    PAPER: sec. 4, "the original ViT model classification head". PAPER SILENT: whether positions
-    are trained; ours stay as they are (MAE's fine-tuning trains them).
-
-    pool: "cls", the CLS token, or "mean", the mean patch token, both after the encoder's own final
-    norm (MAE's fine-tuning averages first, under a new norm).
-    frozen: a linear probe. The encoder then needs no gradient and stays in evaluation mode, and
-    the head sees standardised features.
-    """
-
-    def __init__(self, encoder, classes, pool="cls", frozen=False):
-        super().__init__()
-        width = encoder.cls_token.shape[-1]
-        self.encoder, self.pool, self.frozen = encoder, pool, frozen
-        self.standardize = BatchStandardize(width) if frozen else nn.Identity()
-        self.head = nn.Linear(width, classes)
-        nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
-        self.encoder.requires_grad_(not frozen)
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.encoder.train(mode and not self.frozen)
-        return self
-
-    def features(self, images):
-        """Images (B, 3, H, W) in [0, 1] -> (B, C)."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            tokens = self.encoder(images)  # (B, 1 + N, C)
-        return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)
-
-    def forward(self, images):
-        x = self.standardize(self.features(images))
-        with torch.autocast(x.device.type, enabled=False):
-            return self.head(x.float())  # half precision would tie logits that differ by a 16th
-
-    def layers(self):
-        """Parameters from input to output, [[embedding], [block 1], ..., [norm, head]]."""
-        embedding = [self.encoder.cls_token, *self.encoder.patch_embed.parameters()]
-        top = [*self.encoder.norm.parameters(), *self.head.parameters()]
-        return [embedding, *(list(b.parameters()) for b in self.encoder.blocks), top]
-
-
-def build_classifier(size, classes, *, image_size, patch_size, pool, frozen, drop=0.0):
-    """A classifier of a size in MAE_SIZES; ValueError if the patch size does not fit the image."""
-    sizes = {k: MAE_SIZES[size][k] for k in ("width", "depth", "heads")}
-    encoder = ViT(image_size=image_size, patch_size=patch_size, drop=drop, **sizes)
-    return Classifier(encoder, classes, pool, frozen)
 
 
 # ---- Discriminator D, which is also the loss network phi (sec. 3.1) ------------------------------
@@ -576,10 +487,10 @@ class ConvDiscriminator(nn.Module):
 def discriminator_levels(image_size, scales, channels, max_channels):
     """Resolutions of a discriminator and its width at each, finest first.
 
-    Sides halve while they are at least 8, so 224 ends at 7 and powers of two at 4; widths
-    double per halving from `channels` up to `max_channels`, whatever the image size.
-    Returns: [(side, width)]. Raises ValueError where an image would enter below the last side,
-    and for odd widths, which could not be shared between image and activations.
+    Sides halve while they are at least 8, so powers of two end at 4; widths double per halving from
+    `channels` up to `max_channels`, whatever the image size. Returns: [(side, width)].
+    PAPER SILENT: where StyleGAN2's D, made for powers of two, ends at 224 px: at 7.
+    ValueError if there are more scales than sides, or a width is odd (half of it is an image's).
     """
     sides = [image_size]
     while sides[-1] >= 8:
@@ -604,10 +515,11 @@ class MSGDiscriminator(nn.Module):
         levels = discriminator_levels(image_size, scales, channels, max_channels)
         widths = [width for _, width in levels]
         # PAPER SILENT: how an image joins. 1x1 convolution of the image, then concatenation
-        # (MSG-GAN's "lin_cat"): the half-width maps make it the cheapest of its three ways.
-        shared = [width // 2 if 0 < i < scales else width for i, width in enumerate(widths)]
-        self.from_rgb = nn.ModuleList(nn.Conv2d(3, width, 1) for width in shared[:scales])
-        self.blocks = nn.ModuleList(map(self.block, widths, shared[1:]))
+        # (MSG-GAN's "lin_cat"), the cheapest of its three ways, since both parts have half the
+        # width. `own`: the channels that the network's own map keeps where an image joins it.
+        own = [width // 2 if 0 < i < scales else width for i, width in enumerate(widths)]
+        self.from_rgb = nn.ModuleList(nn.Conv2d(3, width, 1) for width in own[:scales])
+        self.blocks = nn.ModuleList(map(self.block, widths, own[1:]))
         last_side, last_width = levels[-1]
         self.head = nn.Sequential(
             nn.Conv2d(last_width, last_width, 3, padding=1),
@@ -634,7 +546,11 @@ class MSGDiscriminator(nn.Module):
         )
 
     def forward(self, images):
-        """[(B, 3, h, w)] in [0, 1], finest first -> logits (B,), [(B, C_j, h_j, w_j)]."""
+        """[(B, 3, h, w)] in [0, 1], finest first -> logits (B,), [(B, C_j, h_j, w_j)].
+
+        PAPER SILENT: which of D's layers are phi. The map at the end of each block, before the
+        next image joins it: what D has seen, not what it is shown.
+        """
         images = [2 * x - 1 for x in images]  # to [-1, 1]
         rgb = [layer(x) for layer, x in zip(self.from_rgb, images, strict=True)]
         x, features = rgb[0], []
@@ -700,7 +616,7 @@ class LinearMap(torch.autograd.Function):
     matrix. So A and At are each other's backward, to any order, and what they hold (a filter, a
     grid) gets no gradient. R1 and path lengths differentiate twice, where PyTorch would compute
     the gradient of Blur's constant kernel all the same, channel by channel, and before 2.12
-    knows no derivative for grid_sample at all.
+    has no second derivative of grid_sample.
     """
 
     @staticmethod
@@ -768,11 +684,10 @@ def append_minibatch_std(x, group):
     deviation over its group, averaged over channels and positions. A generator that always
     paints the same picture gives itself away.
 
-    Sample k of B belongs to group k mod M, M = B / G: members are M apart. G is `group`, or the
-    largest smaller number that divides B. A rank holding samples r, r + W, r + 2W, ... of a
-    batch thereby holds whole groups, because M = W * (its own M): W processes equal one, as
-    long as `group` divides the batch of each. Call D on reals and fakes separately, since a
-    group of both would give the answer away.
+    Sample k is in group k mod (B / g), where g is `group` or the largest smaller number that
+    divides B. Processes that hold every W-th sample thus hold whole groups, so that W processes
+    equal one if g divides the batch of each. Call D on reals and fakes separately, since a group
+    of both would give the answer away.
     """
     b, _, h, w = x.shape
     g = next(g for g in range(min(group, b), 0, -1) if b % g == 0)
@@ -823,7 +738,11 @@ class StyleGAN2Discriminator(nn.Module):
         self.epilogue = Epilogue(widths[-1], levels[-1][0], mbstd_group)
 
     def forward(self, images):
-        """[(B, 3, h, w)] in [0, 1], finest first -> logits (B,), [(B, C_j, h_j, w_j)]."""
+        """[(B, 3, h, w)] in [0, 1], finest first -> logits (B,), [(B, C_j, h_j, w_j)].
+
+        PAPER SILENT: which of D's layers are phi. The map at the end of each block, before the
+        next image joins it: what D has seen, not what it is shown.
+        """
         images = [2 * x - 1 for x in images]  # to [-1, 1]
         rgb = [layer(x) for layer, x in zip(self.from_rgb, images, strict=True)]
         x, features = rgb[0], []
@@ -850,15 +769,15 @@ def build_discriminator(kind, image_size, scales, channels, max_channels):
 # Self-contained: to copy it, take this section, LinearMap, `functools`, `math`, torch, nn and F.
 
 
-def ada_noise(keys):
-    """Random numbers of each sample, a function of its key alone: not of p, rank or batch.
+def ada_noise(seeds):
+    """Random numbers of each sample, a function of its seed alone: not of p, rank or batch.
 
-    keys: (B,) int64. Returns gates (B, 13) and uniforms (B, 8) in [0, 1), normals (B, 7), on CPU.
+    seeds: (B,) int64. Returns gates (B, 13) and uniforms (B, 8) in [0, 1), normals (B, 7), on CPU.
     """
     generator, rows = torch.Generator(), []
-    for key in keys.tolist():
-        # The CPU generator reads 32 bits of its seed; hashed, all 64 bits of the key count.
-        generator.manual_seed((key * 0x9E3779B97F4A7C15 % 2**64) >> 32)
+    for seed in seeds.tolist():
+        # The CPU generator reads 32 bits of its seed; hashed, all 64 bits of ours count.
+        generator.manual_seed((seed * 0x9E3779B97F4A7C15 % 2**64) >> 32)
         uniforms = torch.rand(21, generator=generator)
         rows.append(torch.cat([uniforms, torch.randn(7, generator=generator)]))
     return torch.stack(rows).split((13, 8, 7), dim=1)
@@ -894,7 +813,8 @@ def geometry_matrix(gates, uniforms, normals, size):
     # Whole pixels of the finest scale, so fractions of a pixel on the coarser ones.
     dx, dy = (shift * ((v - 0.5) * 0.25 * size).round() * 2 / size for v in u[2:4])
     grow, widen = 2 ** (0.2 * zoom * z[0]), 2 ** (0.2 * stretch * z[1])
-    # The image undergoes the first row first. Rows are inverses: out -> in, left to right.
+    # In the order in which the image undergoes them. Each entry is the inverse, output to input, so
+    # that the product runs from left to right.
     inverses = [
         scale(mirror, torch.ones_like(mirror)),
         rotate(math.pi / 2 * turn * (4 * u[1]).floor()),  # anticlockwise quarter turns
@@ -976,7 +896,7 @@ class AdaAugment:
     p rises while D is sure of the real images (it overfits) and falls while it is not. Gradients
     reach the images. State: p, and the statistics since its last change.
 
-        T, C = ada.sample(keys, size)                             # one draw per image
+        T, C = ada.sample(seeds, size)                             # one draw per image
         logits = disc(ada(reals, T, C)), disc(ada(preds, T, C))   # lists of scales
         ada.update(share_of_reals_called_real, images)            # once per step
     """
@@ -989,7 +909,7 @@ class AdaAugment:
         interval=4,  # steps between two changes of p
         fixed_p=None,  # a constant p instead
     ):
-        # PAPER SILENT: on the transforms, target and speed; all as in Karras et al. 2020.
+        # PAPER SILENT: the transforms, target and speed. All as in Karras et al. 2020.
         self.target, self.ramp_images, self.interval = target, ramp_images, interval
         self.fixed_p = fixed_p
         # Plain numbers: what is drawn on the CPU must not wait for a GPU to say what p is.
@@ -1003,12 +923,12 @@ class AdaAugment:
         vars(self).update(state)
         self.p = self.p if self.fixed_p is None else self.fixed_p
 
-    def sample(self, keys, size):
-        """One draw per sample: keys (B,) int64, finest side in pixels -> T (B, 3, 3), C (B, 4, 4).
+    def sample(self, seeds, size):
+        """One draw per sample: seeds (B,) int64, finest side in pixels -> T (B, 3, 3), C (B, 4, 4).
 
         Both stay on the CPU, where asking which samples are left alone costs no synchronisation.
         """
-        gates, uniforms, normals = ada_noise(keys)
+        gates, uniforms, normals = ada_noise(seeds)
         chance = torch.full((13,), self.p)
         chance[[4, 6]] = 1 - math.sqrt(1 - self.p)  # two rotations: at least one with probability p
         gates = gates < chance
@@ -1021,8 +941,6 @@ class AdaAugment:
         Samples whose T (or C) is the identity come back bitwise as they were.
         """
 
-        # PAPER SILENT: "applied to all samples" leaves the pairing open. A reconstruction and its
-        # target, at all scales, share one draw, so that feature matching compares like with like.
         def changed(matrices):  # indices (K,)
             return (matrices != torch.eye(matrices.shape[-1])).any(dim=(1, 2)).nonzero()[:, 0]
 
@@ -1059,6 +977,91 @@ class AdaAugment:
         # DIFFERS: p is also kept below 1; Karras et al. do not (no transform changes beyond 1).
         self.p = min(max(self.p + rise * self.images / self.ramp_images, 0.0), 1.0)
         self.sign_sum, self.images, self.steps = 0.0, 0, 0
+
+
+# ---- Classifier: the encoder after pre-training (sec. 4, fine-tuning) ----------------------------
+
+
+class BatchStandardize(nn.Module):
+    """Batch normalisation without weights, for features (B, C) that need no gradient.
+
+    As nn.BatchNorm1d(affine=False), but with the statistics of all processes' batches, so that
+    two processes do what one with twice the batch does (nn.SyncBatchNorm does it on GPUs alone).
+    """
+
+    def __init__(self, width, momentum=0.1, eps=1e-6):
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    def forward(self, x):
+        x, mean, var = x.float(), self.running_mean, self.running_var
+        if self.training:
+            double = x.double()
+            sums = torch.stack([torch.ones_like(double), double, double.square()]).sum(1)  # (3, C)
+            if dist.is_initialized():
+                dist.all_reduce(sums)
+            count = sums[0]
+            mean = sums[1] / count
+            var = (sums[2] / count - mean.square()).clamp(min=0)
+            unbiased = var * count / (count - 1).clamp(min=1)
+            self.running_mean.lerp_(mean.float(), self.momentum)
+            self.running_var.lerp_(unbiased.float(), self.momentum)
+        return (x - mean.float()) / (var.float() + self.eps).sqrt()
+
+
+class Classifier(nn.Module):
+    """ViT encoder with the original ViT's head: one linear layer. Images -> logits (B, classes).
+
+    PAPER: sec. 4, "the original ViT model classification head". PAPER SILENT: whether it sees CLS,
+    as the original does, or the mean token; and whether positions are trained: ours stay as they
+    are (MAE's fine-tuning trains them).
+
+    pool: "cls", the CLS token, or "mean", the mean patch token, both after the encoder's own final
+    norm (MAE's fine-tuning averages first, under a new norm).
+    frozen: a linear probe. The encoder then needs no gradient and stays in evaluation mode, and
+    the head sees standardised features.
+    """
+
+    def __init__(self, encoder, classes, pool="cls", frozen=False):
+        super().__init__()
+        width = encoder.cls_token.shape[-1]
+        self.encoder, self.pool, self.frozen = encoder, pool, frozen
+        self.standardize = BatchStandardize(width) if frozen else nn.Identity()
+        self.head = nn.Linear(width, classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+        self.encoder.requires_grad_(not frozen)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.encoder.train(mode and not self.frozen)
+        return self
+
+    def features(self, images):
+        """Images (B, 3, H, W) in [0, 1] -> (B, C)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            tokens = self.encoder(images)  # (B, 1 + N, C)
+        return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)
+
+    def forward(self, images):
+        x = self.standardize(self.features(images))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(x.float())  # half precision would tie logits that differ by a 16th
+
+    def layers(self):
+        """Parameters from input to output, [[embedding], [block 1], ..., [norm, head]]."""
+        embedding = [self.encoder.cls_token, *self.encoder.patch_embed.parameters()]
+        top = [*self.encoder.norm.parameters(), *self.head.parameters()]
+        return [embedding, *(list(b.parameters()) for b in self.encoder.blocks), top]
+
+
+def build_classifier(size, classes, *, image_size, patch_size, pool, frozen, drop=0.0):
+    """A classifier of a size in MAE_SIZES; ValueError if the patch size does not fit the image."""
+    sizes = {k: MAE_SIZES[size][k] for k in ("width", "depth", "heads")}
+    encoder = ViT(image_size=image_size, patch_size=patch_size, drop=drop, **sizes)
+    return Classifier(encoder, classes, pool, frozen)
 
 
 # ---- Loss networks phi with published weights (eq. 7, and VGG) -----------------------------------
@@ -1124,6 +1127,7 @@ class DVAEEncoder(nn.Module):
         (B, 256, H/2, W/2), (B, 512, H/4, W/4), (B, 1024, H/8, W/8), (B, 2048, H/8, W/8).
         PAPER SILENT: which layers of the dVAE are phi^1..phi^J.
         """
+        # 0.8 x + 0.1: what OpenAI trained it on, away from black and white.
         x, features = self.blocks["input"](0.8 * images + 0.1), []
         for n in range(1, 5):
             for block in self.blocks[f"group_{n}"].values():

@@ -1181,8 +1181,8 @@ def naive_objective(run, args, images, noise, seeds):
     fakes, mask = run.mae(images, args.mask_ratio, noise)
     reals = [F.avg_pool2d(images, 2**i) if i else images for i in range(len(fakes))]
     total = losses.pixel_loss(recipe["pixel"], fakes, reals, mask, patch_size=args.patch_size)
-    if run.phi is not None:  # eq. 7
-        total = total + perceptual_loss(run.phi(fakes[0]), run.phi(images))
+    if run.loss_network is not None:  # eq. 7
+        total = total + perceptual_loss(run.loss_network(fakes[0]), run.loss_network(images))
     if run.disc is None:
         return total, None
     if recipe["ada"]:
@@ -1220,12 +1220,12 @@ def test_every_row_gives_g_the_gradient_of_eq_6_and_d_that_of_eq_4():
 def test_published_loss_networks_stay_as_they_are_and_out_of_checkpoints():
     for loss in ("dvae_p", "vgg_p"):
         run, args = tiny_run("--loss", loss)
-        before = torch.cat([p.flatten() for p in run.phi.parameters()])
+        before = torch.cat([p.flatten() for p in run.loss_network.parameters()])
         backward(run, tiny_batch(), True, args)
         train.update(run, apply=True)
-        assert all(p.grad is None for p in run.phi.parameters())
-        assert torch.equal(before, torch.cat([p.flatten() for p in run.phi.parameters()]))
-        assert "phi" not in run.parts
+        assert all(p.grad is None for p in run.loss_network.parameters())
+        assert torch.equal(before, torch.cat([p.flatten() for p in run.loss_network.parameters()]))
+        assert "loss_network" not in run.parts
 
 
 def slow_dvae(weights, images):
@@ -2086,19 +2086,19 @@ def test_more_processes_than_validation_images_and_unreadable_ones():
         source = data.scan_folder(folder)
         common = dict(image_size=32, num_patches=16, seed=0, augment=False, limit=3)
         dataset = data.PretrainSet(source, **common)
-        parts = [train.fixed_batch(dataset, rank, 5) for rank in range(5)]
+        parts = [train.read_validation_part(dataset, rank, 5) for rank in range(5)]
         assert [len(p[0]) for p in parts] == [1, 1, 1, 0, 0]
         Path(source.files[dataset.indices[1]]).write_text("not an image")
         errors = io.StringIO()
         with contextlib.redirect_stderr(errors):
-            images, _, unreadable = train.fixed_batch(dataset, 0, 1)
+            images, _, unreadable = train.read_validation_part(dataset, 0, 1)
         assert unreadable == 1 and errors.getvalue().count("replaced: ") == 1
         assert torch.equal(images[1], images[2])  # the next image stands in
         for i in (0, 2):
             Path(source.files[dataset.indices[i]]).write_text("not an image")
         with contextlib.redirect_stderr(errors):
             try:
-                train.fixed_batch(dataset, 0, 1)
+                train.read_validation_part(dataset, 0, 1)
             except SystemExit as exit:
                 assert exit.code == 2 and "3 of 3 images are unreadable" in errors.getvalue()
             else:

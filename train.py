@@ -5,10 +5,10 @@
     torchrun --nproc_per_node=8 train.py --loss msg_gan_p       # one node, data/imagenet
 
 The method comes first: what one step computes (paper: eq. 1 to 7, with the schedule of sec. 4), the
-update of both players, and the loop over epochs. Whoever stops at the banner "What keeps a run
-alive" has read all of it; below stand processes and precision, construction, data, checkpoints,
-validation, benchmark and command line. The losses are in losses.py, the networks in model.py, the
-images in data.py; finetune.py does everything that is done with a checkpoint.
+update of both players, and the loop over epochs. It ends at the banner "What keeps a run alive";
+below stand processes and precision, construction, data, checkpoints, validation, benchmark and
+command line. The losses are in losses.py, the networks in model.py, the images in data.py;
+finetune.py does everything that is done with a checkpoint.
 
 Writes to OUT: checkpoint.pt, log.jsonl (one JSON object per epoch) and pictures/. Run the same
 command again after any interruption and it continues where the checkpoint was saved.
@@ -41,7 +41,7 @@ import losses
 import model
 from losses import LOSSES
 
-# ---- What one batch adds to the gradients: eq. 4 to 7 --------------------------------------------
+# ---- What one batch adds to the gradients: eq. 1 to 7 --------------------------------------------
 
 
 def backward(run, images, mask_noise, seeds, *, eq3_on, share, args):
@@ -49,15 +49,16 @@ def backward(run, images, mask_noise, seeds, *, eq3_on, share, args):
 
     G, the autoencoder, and D, the discriminator, minimise
 
-        L^G = ||G(I_m) - I||_1 + L_feat^G + L_adv^G       PAPER: eq. 6; without the last term, eq. 7
-        L^D = 1/2 [(D(I) - 1)^2 + D(G(I_m))^2]            PAPER: eq. 4
+        L^G = ||G(I_m) - I||_1 + L_feat^G + L_adv^G     PAPER: eq. 6; without the last term, eq. 7
+        L^D = 1/2 [(D(I) - 1)^2 + D(G(I_m))^2]          PAPER: eq. 4 (see `losses.lsgan_d_loss`)
 
     with a weight before each term. `LOSSES` says which of them a row has, and what stands for the
     first: in `mse` the hidden patches' squared error, in `ms_ssim` eq. 2.
 
-    images: I, (B, 3, H, W) in [0, 1]. mask_noise: (B, N), which makes I_m of it. seeds: (B,), fix
-    whatever else is drawn for a sample. eq3_on: is L_feat^G applied in this epoch? share: this
-    batch's part of the step. Returns each term as it enters its sum, and D's accuracies.
+    run: networks, optimisers, scalers, ADA (see `build_run`). args: the command line.
+    images: I, (B, 3, H, W) in [0, 1]. mask_noise: (B, N), whose largest values are hidden, which
+    gives I_m. seeds: (B,), one per sample, for ADA. eq3_on: is L_feat^G applied in this epoch?
+    share: 1 / batches per step. Returns each term with its weight, and D's accuracies.
     """
     recipe, terms = LOSSES[args.loss], {}
 
@@ -78,47 +79,50 @@ def backward(run, images, mask_noise, seeds, *, eq3_on, share, args):
         alpha=args.alpha,
     )
 
-    # All other terms look at the reconstructions through another network. They do so at copies
-    # that are cut off from the autoencoder: D's own loss then cannot reach G, and what G should
-    # change can be read off at the images.
+    # All other terms look at the reconstructions through another network. They look at detached
+    # copies, so that D's own loss cannot reach G; their gradient at these copies is passed on to G
+    # by hand, below.
     fakes = [x.detach().requires_grad_() for x in outputs]
     if run.disc is not None:
-        # PAPER: eq. 5; sec. 3.2, augmentation "is also applied to all samples".
-        seen_real, seen_fake = augment(run, seeds, args, reals, fakes)
+        seen_real, seen_fake = reals, fakes
+        if run.ada is not None:  # PAPER: sec. 3.2, "is also applied to all samples"
+            seen_real, seen_fake = augment(run, seeds, args, reals, fakes)
         with autocast(run):
             logits_real, phi_real = run.disc(seen_real)  # (B,), [(B, C_j, h_j, w_j)]
             logits_fake, phi_fake = run.disc(seen_fake)
+        # PAPER: eq. 5.
         terms["adversarial"] = args.adversarial_weight * losses.lsgan_g_loss(logits_fake)
-    elif run.phi is not None:
+    elif run.loss_network is not None:
         # PAPER: eq. 7. PAPER SILENT: of several scales, phi sees the finest alone.
         with autocast(run):
-            phi_fake = run.phi(fakes[0])
+            phi_fake = run.loss_network(fakes[0])
             with torch.no_grad():
-                phi_real = run.phi(images)
+                phi_real = run.loss_network(images)
     if eq3_on:
         # PAPER: eq. 3. In eq. 6 phi is D itself: the features that it learns in order to tell
         # images from reconstructions are those which G has to match.
         terms |= losses.perceptual_terms(phi_fake, phi_real, args.delta_f, args.delta_s)
 
-    # G's gradient, in two stages: from these terms through D or phi, whose parameters get nothing
-    # of it, to the images; then from there, with the pixel term's, in one pass through the MAE.
-    image_grads = [torch.zeros_like(x) for x in fakes]  # DDP wants each output in the graph
+    # Eq. 6 is pixel + sum(terms). Its gradient is taken in two stages: that of the second part goes
+    # through D or phi, without touching their parameters' gradients, to the images; from there it
+    # goes on, with that of the pixel term, in one pass through the MAE.
+    image_grads = [torch.zeros_like(x) for x in fakes]  # DDP wants every output to have a gradient
     if terms:
-        total = run.scaler_g.scale(sum(terms.values()) * share)
+        second_part = run.scaler_g.scale(sum(terms.values()) * share)
         image_grads = torch.autograd.grad(
-            total,
+            second_part,
             fakes,
             retain_graph=run.disc is not None,  # D's own loss goes back through it, below
             materialize_grads=True,  # zeros for scales that a single-scale D does not look at
         )
-    total = run.scaler_g.scale(pixel * share)
-    torch.autograd.backward([total, *outputs], [None, *image_grads])
+    first_part = run.scaler_g.scale(pixel * share)
+    torch.autograd.backward([first_part, *outputs], [None, *image_grads])
     terms["pixel"] = pixel
 
     # D's gradient: from eq. 4 to its parameters, and no further.
-    # PAPER SILENT: the order of the two players' updates. Both gradients are taken at the same
-    # weights, so that one forward pass of D serves eq. 3, 4 and 5, and both sides of eq. 3 come
-    # from the same D.
+    # PAPER SILENT: the order of the two players' updates; phi's weights. Both gradients are taken
+    # at the same weights, so that one forward pass of D serves eq. 3, 4 and 5, and both sides of
+    # eq. 3 come from the same, the current D (the authors' code: from a copy, renewed at times).
     if run.disc is not None:
         terms["discriminator"] = losses.lsgan_d_loss(logits_real, logits_fake)
         loss_d = run.scaler_d.scale(terms["discriminator"] * share)
@@ -129,7 +133,11 @@ def backward(run, images, mask_noise, seeds, *, eq3_on, share, args):
 
 
 def augment(run, seeds, args, *pyramids):
-    """ADA on image pyramids, one draw per image for all of them; they come back as a list."""
+    """ADA on image pyramids, if the row has it -> list of as many.
+
+    PAPER SILENT: "applied to all samples" leaves the pairing open. An image and its reconstruction,
+    at all scales, share one draw, so that eq. 3 compares like with like.
+    """
     if run.ada is None:
         return list(pyramids)
     transform = run.ada.sample(seeds, args.image_size)
@@ -142,13 +150,13 @@ def augment(run, seeds, args, *pyramids):
 def regularise(run, images, mask_noise, seeds, share, progress, args):
     """Add the lazy regularisers' gradients, in the steps whose turn it is -> {name: scalar}.
 
-    Each acts in every so many steps with its weight multiplied by as many, which costs little and
-    is what acting always would add up to (StyleGAN2). The scalars include all of it, so that their
-    sum over an epoch is what they weighed.
+    Each runs in every n-th step only, with n times its weight (lazy regularisation, StyleGAN2): the
+    same on average, at a fraction of the cost. The scalars contain the n, so that their mean over
+    an epoch is the term's true weight.
 
-    They are gradients of gradients, hence float32 throughout: rounding would be most of them. They
-    run on the networks inside DDP and --compile, and before `backward`, whose exchange between
-    processes then averages the sum of both.
+    They are second derivatives, hence full float32. They use the bare networks (compiled graphs
+    cannot be differentiated twice, and DDP expects one backward pass), and run before `backward`,
+    whose exchange between processes then averages both gradients together.
     """
     recipe, terms = LOSSES[args.loss], {}
     with full_float32():
@@ -165,22 +173,24 @@ def regularise_path(run, images, mask_noise, seeds, share, progress, args):
 
     PAPER: sec. 3.2, "perceptual path regularisation between the decoder input and discriminator
     feature maps". PAPER SILENT: of MSG-MAE's inputs, the skips are left out (sec. 2.3 speaks of
-    "the input to the decoder"; a decoder without skips then has the same regulariser); on half of
-    the batch, as StyleGAN2 does, since a backward pass of a backward pass costs much; and through
-    the augmentation, as all that D sees.
+    "the input to the decoder", and a decoder without skips then has the same regulariser); half of
+    the batch, every 4 steps, weight 2, as StyleGAN2 has them, since a backward pass through a
+    backward pass costs much; D sees the reconstruction augmented, as everything it sees.
     """
     mae, disc = unwrap(run.mae), unwrap(run.disc)
     images, mask_noise, seeds = (x[: (len(x) + 1) // 2] for x in (images, mask_noise, seeds))
     ids_keep, ids_restore, _ = model.random_masking(mask_noise, args.mask_ratio)
     inputs = mae.decoder_inputs(images, ids_keep, ids_restore)  # [(B, 1 + N, d), then the skips]
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
+    # What lies behind inputs[0] is differentiated twice, which fused attention cannot be. The
+    # encoder is not: the penalty reaches it by one ordinary backward pass.
+    with sdpa_kernel(SDPBackend.MATH):
         (seen,) = augment(run, seeds, args, mae.decode(inputs))
-        _, features = disc.forward(seen)
-    draws = zip(*(feature_probe(seed, features) for seed in seeds.tolist()), strict=True)
-    lengths = losses.path_lengths(features, inputs[0], [torch.stack(d) for d in draws])  # (B,)
+        _, features = disc.forward(seen)  # .forward is never the compiled one
+    probes = zip(*(feature_probe(seed, features) for seed in seeds.tolist()), strict=True)
+    lengths = losses.path_lengths(features, inputs[0], [torch.stack(p) for p in probes])  # (B,)
 
-    # The mean that lengths are held to moves by 1 % per use, and starts at the first one seen. It
-    # stays on the device: reading it here would make the step wait for the GPU.
+    # Running mean: 1 % per use, starting at the first value; moved before the penalty uses it, as
+    # in StyleGAN2. It stays on the device: reading it here would make the step wait for the GPU.
     now, before = mean_over_processes(lengths.detach().mean()), progress["path_mean"].to(lengths)
     moved = torch.where(before > 0, before.lerp(now, 0.01), now)
     # A length that is not finite is left out, or it would stay in the running mean for ever.
@@ -196,13 +206,14 @@ def regularise_path(run, images, mask_noise, seeds, share, progress, args):
 def feature_probe(seed, features):
     """One sample's N(0, 1) direction in D's feature maps, a function of its seed: [(C, h, w)]."""
     device = features[0].device
-    generator = torch.Generator(device).manual_seed(seed + 1)  # not the augmentation's numbers
+    generator = torch.Generator(device).manual_seed(seed + 1)  # + 1: mask and crop use seed
     return [torch.randn(f.shape[1:], generator=generator, device=device) for f in features]
 
 
 def regularise_r1(run, images, seeds, share, args):
-    """R1 on D's real images (the paper names none: off by default) -> detached penalty.
+    """R1 on D's real images -> detached penalty.
 
+    PAPER SILENT: whether "all modifications made to the discriminator" include R1; off by default.
     x of R1 is the real image before augmentation, one leaf for each scale that D looks at.
     """
     scales = 1 if LOSSES[args.loss]["adversary"] == "conv" else image_scales(args)
@@ -218,7 +229,7 @@ def regularise_r1(run, images, seeds, share, args):
 
 
 def step_gradients(run, batches, eq3_on, progress, args):
-    """Average the gradients of a step's batches -> {name: mean of the term over them}."""
+    """Accumulate the mean gradient of a step's batches -> {name: mean of the term over them}."""
     totals, share = {}, 1 / len(batches)
     for number, (images, mask_noise, seeds, *_) in enumerate(batches, start=1):
         images = data.to_float(images.to(run.device, non_blocking=True))  # (B, 3, H, W) in [0, 1]
@@ -261,24 +272,24 @@ def eq3_is_on(epoch, args):
     """Is the perceptual term, eq. 3, applied in this epoch? PAPER: sec. 4, "only on even numbered
     epochs", "to give time for the discriminator to learn new features".
 
-    PAPER SILENT: the first epoch's number (here 1), and whether "the perceptual loss term" includes
-    the adversarial one (here not); also whether it is meant for eq. 7, whose loss network needs no
-    time to learn (here not: dvae_p and vgg_p have it in every epoch).
+    PAPER SILENT: the first epoch's number, and what "the perceptual loss term" includes. Here
+    epochs count from 1, eq. 5 is always on, and so is eq. 7, whose phi needs no time to learn.
     """
     phi = LOSSES[args.loss]["phi"]
     return phi in model.PUBLISHED or (phi == "disc" and epoch % args.feature_every == 0)
 
 
 def pretrain(args, device, rank, world):
-    """Train the row that args name, from its checkpoint if there is one -> signal that stopped it.
+    """Train the row that args name, from its checkpoint if there is one.
 
-    `progress` is where the run stands: epoch, steps, sums for the log (see `new_progress`).
+    Returns the signal that stopped it, 0 = none. `progress` is where the run stands: epoch, steps,
+    sums for the log (see `new_progress`).
     """
     run = build_run(args, device)  # networks, optimisers, scalers, ADA
     if args.init:
         initialise(run, args)
     train_set, val_set = build_data(args)
-    fixed = fixed_batch(val_set, rank, world)  # what is measured and drawn after each epoch
+    validation_part = read_validation_part(val_set, rank, world)  # measured after each epoch
     progress, sampler, loader = open_run(run, train_set, args)
     if finished(progress, args):
         return 0
@@ -288,9 +299,9 @@ def pretrain(args, device, rank, world):
         epoch = progress["epoch"]
         eq3_on = eq3_is_on(epoch, args)
         sampler.epoch, sampler.start = epoch, progress["epoch_step"]  # resumes in mid-epoch
-        bar, passes, clock = progress_bar(sampler, args), iter(loader), time.perf_counter()
+        bar, stream, clock = progress_bar(sampler, args), iter(loader), time.perf_counter()
 
-        while batches := list(itertools.islice(passes, args.accum)):  # one step
+        while batches := list(itertools.islice(stream, args.accum)):  # one step
             # 1. Learning rates of both players; one schedule, two peaks.
             position = (epoch - 1) * sampler.steps + progress["epoch_step"]
             warmup, total = args.warmup_epochs * sampler.steps, args.epochs * sampler.steps
@@ -300,11 +311,12 @@ def pretrain(args, device, rank, world):
             # 2. Gradients of G and D, averaged over batches and processes.
             terms = step_gradients(run, batches, eq3_on, progress, args)
 
-            # 3. All processes learn what each saw, so that they act alike. It is the one place of
-            # a step where the CPU waits for the GPU.
+            # 3. Share the terms, unreadable images and stop signals, so that all processes decide
+            # alike; the only place of a step where the CPU waits for the GPU.
             means, stopping = agree(run, terms, batches, stop["signal"], progress, train_set)
 
-            # 4. Update both players, or neither; then ADA's p, from how often D was right.
+            # 4. Update both players, or neither if a loss is not finite (in fp16, a scaler may
+            # skip one of them by itself); then ADA's p, from how often D was right.
             finite = all(math.isfinite(value) for value in means.values())
             update(run, apply=finite)
             if run.ada is not None and finite:
@@ -322,7 +334,7 @@ def pretrain(args, device, rank, world):
         bar.close()
         if ended:
             lr = run.opt_g.param_groups[0]["lr"]
-            finish_epoch(run, progress, lr, fixed, args)  # measures, logs, draws; moves on
+            finish_epoch(run, progress, lr, validation_part, args)  # measures, logs, draws
             if stopping or epoch % args.save_every == 0 or epoch == args.epochs:
                 save_checkpoint(Path(args.out) / "checkpoint.pt", run, progress, args)
     how = f"stopped at step {progress['step']}; the same command goes on" if stopping else "done"
@@ -331,7 +343,7 @@ def pretrain(args, device, rank, world):
 
 
 # ==================================================================================================
-# What keeps a run alive. Whoever stops here has read the method.
+# What keeps a run alive. The method ends here.
 # ==================================================================================================
 
 # ---- Ending, saying ------------------------------------------------------------------------------
@@ -549,6 +561,13 @@ def full_float32():
 
 # ---- Networks and optimisers ---------------------------------------------------------------------
 
+# PAPER SILENT: D's Adam, (learning rate, betas) by kind of D. StyleGAN2's own where weights are
+# N(0, 1); otherwise what LS-GANs commonly use. (--d-lr, --d-betas)
+D_ADAM = {
+    "conv": (2e-4, (0.5, 0.99)),
+    "msg": (2e-4, (0.5, 0.99)),
+    "stylegan2": (2.5e-3, (0.0, 0.99)),
+}
 # A checkpoint continues only under the same values of these.
 MUST_FIT = ("loss", "model", "arch", "image_size", "patch_size", "norm_pix_loss")
 MUST_FIT += ("d_channels", "d_max", "seed")
@@ -558,9 +577,9 @@ def build_run(args, device):
     """What trains: G and D with an optimiser and a gradient scaler each, device and precision.
 
     -> namespace of device, dtype (autocast's, None = float32), mae, opt_g, scaler_g, disc, opt_d,
-    scaler_d, ada, phi; those that a row does not have are None. phi: a loss network with published
-    weights; where D is phi, disc. parts: those of them that a checkpoint holds, by name; script and
-    must_fit: whose checkpoints these are, and which arguments they depend on.
+    scaler_d, ada, loss_network (the frozen phi of dvae_p and vgg_p); None where a row has none.
+    parts: those of them that a checkpoint holds, by name. script, must_fit: checked on resuming;
+    who wrote the file, and the arguments that must be equal.
     """
     recipe, dtype = LOSSES[args.loss], choose_precision(args.amp, device)
     torch.manual_seed(args.seed)  # the same initial weights on every process
@@ -574,7 +593,6 @@ def build_run(args, device):
     if disc is not None and (device.type == "cuda" or recipe["adversary"] == "conv"):
         # Tensor cores want it; on a CPU it speeds "conv" up and slows the others down.
         disc = disc.to(memory_format=torch.channels_last)
-    phi = open_loss_network(args, device)
     if args.compile:
         compile_in_place([network for network in (mae, disc) if network], device)
 
@@ -582,15 +600,16 @@ def build_run(args, device):
     opt_g = torch.optim.AdamW(groups, betas=tuple(args.betas), fused=True)
     opt_d = ada = None
     if disc is not None:
-        # PAPER SILENT: D's optimiser. Adam with GAN betas and no decay (the authors' code: G's).
+        # PAPER SILENT: D's optimiser. Adam with GAN betas and no decay (the authors' code: as G's).
         opt_d = torch.optim.Adam(disc.parameters(), betas=tuple(args.d_betas), fused=True)
     if recipe["ada"]:
         ada = model.AdaAugment(
             target=args.ada_target, ramp_images=args.ada_images, fixed_p=args.ada_p
         )
-    run = SimpleNamespace(device=device, dtype=dtype, phi=phi, ada=ada, opt_g=opt_g, opt_d=opt_d)
+    run = SimpleNamespace(device=device, dtype=dtype, ada=ada, opt_g=opt_g, opt_d=opt_d)
     run.mae, run.disc = wrap(mae, device), disc and wrap(disc, device)
     run.scaler_g, run.scaler_d = scaler(device, dtype), disc and scaler(device, dtype)
+    run.loss_network = open_loss_network(args, device)
     run.script, run.must_fit = "train.py", MUST_FIT
     run.parts = {"mae": mae, "opt_g": opt_g, "scaler_g": run.scaler_g}
     if disc is not None:
@@ -601,7 +620,7 @@ def build_run(args, device):
 
 
 def image_scales(args):
-    """How many scales G puts out: down to one pixel per patch where they are looked at, or 1."""
+    """Scales of G: down to one pixel per patch for multi-scale losses and MSG-MAE, otherwise 1."""
     looks = args.arch == "msg_mae" or LOSSES[args.loss]["adversary"] in ("msg", "stylegan2")
     return args.patch_size.bit_length() if looks else 1
 
@@ -640,7 +659,10 @@ def compile_in_place(networks, device):
 
 
 def parameter_groups(module, weight_decay):
-    """AdamW groups: matrices decay; norms, biases and tokens (one-dimensional) do not."""
+    """AdamW groups: matrices decay; norms, biases and tokens (one-dimensional) do not.
+
+    PAPER SILENT: what decays (MAE's code: the tokens, too).
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.squeeze().ndim > 1], "weight_decay": weight_decay},
@@ -937,11 +959,11 @@ def next_epoch(progress, **kept):
 # ---- Validation and pictures ---------------------------------------------------------------------
 
 
-def finish_epoch(run, progress, lr, fixed, args):
-    """Validate, log, draw, and move `progress` on to the next epoch. fixed: `fixed_batch`'s."""
+def finish_epoch(run, progress, lr, validation_part, args):
+    """Validate, log, draw, and move `progress` on to the next epoch."""
     epoch, last, row = progress["epoch"], args.epochs, epoch_row(progress, lr, args)
     row["eq3_on"] = eq3_is_on(epoch, args)
-    images, mask_noise, bad_validation = fixed
+    images, mask_noise, bad_validation = validation_part
     row["bad_images"] += bad_validation
     if run.ada is not None:
         row["ada_p"] = run.ada.p
@@ -959,7 +981,7 @@ def finish_epoch(run, progress, lr, fixed, args):
     next_epoch(progress)
 
 
-def fixed_batch(dataset, rank, world):
+def read_validation_part(dataset, rank, world):
     """This process's part of a validation set.
 
     -> (images (n, 3, S, S) uint8, mask_noise (n, N), number of unreadable images everywhere).
@@ -1216,11 +1238,16 @@ def build_parser():
         parser,
         "weights of the loss terms (eq. 2, 3 and 6)",
         ("--pixel-weight", NUMBER, 1.0, "of the pixel term"),
-        ("--pixel-scales", ("all", "finest"), "all", "of the pixel term, where there are several"),
+        ("--pixel-scales", ("all", "finest"), "all", "scales that the pixel term covers"),
         ("--alpha", NUMBER, 0.85, "SSIM against L1, eq. 2"),
         ("--delta-f", NUMBER, 0.05, "feature term, eq. 3"),
         ("--delta-s", NUMBER, 40.0, "style term, eq. 3"),
-        ("--adversarial-weight", NUMBER, None, "of eq. 5; None = 1 (paper), .1 on MSG-MAE"),
+        (
+            "--adversarial-weight",
+            NUMBER,
+            None,
+            "of eq. 5; None = .1 where D sees all scales, else 1",
+        ),
         (
             "--feature-every",
             COUNT,
@@ -1256,7 +1283,7 @@ def build_parser():
         parser,
         "regularisation (StyleGANv2-ADA row; R1 works with any D)",
         ("--ada-target", float, 0.6, "of r_t = E sign(D(real) - 1/2)"),
-        ("--ada-images", COUNT, 500_000, "in which p can go from 0 to 1"),
+        ("--ada-images", COUNT, 500_000, "real images in which p can go from 0 to 1"),
         ("--ada-p", NUMBER, None, "fixed augmentation probability p"),
         ("--path-weight", NUMBER, 2.0, "of path lengths"),
         ("--path-every", COUNT, 4, "steps between path lengths"),
@@ -1289,7 +1316,7 @@ def parse_args(argv=None):
     args.arch = recipe["arch"] if args.arch == "auto" else args.arch
     if args.adversarial_weight is None:
         args.adversarial_weight = recipe["weight"]
-    rate, betas = model.DISCRIMINATOR_ADAM[recipe["adversary"] or "conv"]
+    rate, betas = D_ADAM[recipe["adversary"] or "conv"]
     args.d_lr, args.d_betas = args.d_lr or rate, args.d_betas or list(betas)
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs * 40 / 300
