@@ -91,7 +91,8 @@ def train_classifier(args, weights, train_set, val_set, device):
     run.classifier.train()
     val = (shard(val_set, args), [])  # and the unreadable ones among its images
     progress, sampler, loader = train.open_run(run, train_set, args)
-    if train.finished(progress, args):
+    if nothing_left := train.finished(progress, args):
+        say(nothing_left)
         return 0, progress.get("best", 0.0)
     stop, stopping = train.catch_stop_signals(), False
 
@@ -109,7 +110,7 @@ def train_classifier(args, weights, train_set, val_set, device):
             means, stopping = train.agree(run, terms, batches, stop["signal"], progress, train_set)
             finite = math.isfinite(means["loss"])
             update(run, apply=finite)
-            clock = train.book_step(progress, means if finite else {}, clock, bar, args)
+            clock = train.book_step(progress, means, finite, clock, bar, args)
             stopping = stopping or progress["step"] == args.steps
             ended = progress["epoch_step"] == sampler.steps
             if not ended and train.save_is_due(progress, stopping, args):
@@ -122,8 +123,7 @@ def train_classifier(args, weights, train_set, val_set, device):
             finish_epoch(run, progress, lr, val, args)  # measures, logs, keeps the best; moves on
             if stopping or epoch % args.save_every == 0 or epoch == args.epochs:
                 train.save_checkpoint(Path(args.out) / "checkpoint.pt", run, progress, args)
-    how = f"stopped at step {progress['step']}; the same command goes on" if stopping else "done"
-    say(f"{how}: results are in {args.out}")
+    say(train.ending(stopping, progress, args))
     return stop["signal"], progress.get("best", 0.0)
 
 
@@ -338,7 +338,7 @@ def open_autoencoders(args, device):
     for path in args.checkpoints:
         with train.refusals():
             checkpoint = model.load_file(path, "a checkpoint of train.py")
-        if checkpoint.get("script") != "train.py":
+        if not train.made_by("train.py", checkpoint, "mae"):
             fail(f"{path} is not a checkpoint of train.py: reconstructions need its decoder")
         own = argparse.Namespace(**checkpoint["arguments"])
         first = first or own
@@ -580,17 +580,17 @@ def open_checkpoint(args):
     if path != "none":
         with train.refusals():
             content = model.load_file(path, KIND)
-            script = content.get("script")
-            if args.eval != (script == "finetune.py"):
+            classifier = train.made_by("finetune.py", content, "classifier")
+            if args.eval != classifier:
                 what = "" if args.eval else ": --eval measures it, --resume continues it"
                 fail(f"{path} is {'not ' * args.eval}a checkpoint of finetune.py{what}")
-            if script is None:
+            if classifier or train.made_by("train.py", content, "mae"):
+                weights, saved = content["classifier" if args.eval else "mae"], content["arguments"]
+            else:
                 weights, left_out = model.named_as_ours(content, path, KIND)
                 saved = model.published_sizes(weights, path, args.model)
                 if left_out:
                     say(f"{path}: left out {', '.join(left_out)}")
-            else:
-                weights, saved = content["classifier" if args.eval else "mae"], content["arguments"]
     for what in ("model", "patch_size"):
         given, flag = getattr(args, what), what.replace("_", "-")
         if weights is not None and given not in (None, saved[what]):
@@ -608,7 +608,7 @@ def export(args):
         return
     with train.refusals():
         checkpoint = model.load_file(args.checkpoint, "a checkpoint of train.py")
-        if checkpoint.get("script") != "train.py":
+        if not train.made_by("train.py", checkpoint, "mae"):
             fail(
                 f"{args.checkpoint} is not a checkpoint of train.py, whose weights --export writes"
             )
@@ -888,7 +888,8 @@ def demo(args, device):
                 return stopped
             results.append(top1)
         lines.append(f"{name:15}  {results[0]:5.1f}  {results[1]:6.1f}")
-    say(f"top-1, %         k-NN  linear    (chance: {100 / len(data.SHAPE_CLASSES):.1f})")
+    chance = 100 / len(train.open_data(args, settled.image_size)[0].classes)
+    say(f"top-1, %         k-NN  linear    (chance: {chance:.1f})")
     for line in lines:
         say(line)
     say("next: your own, python finetune.py --checkpoint runs/LOSS/checkpoint.pt --data PATH")

@@ -260,10 +260,12 @@ class ViT(nn.Module):
         positions = self.pos_embed[:, 1:]  # (1, N, C)
         x = x + (positions if ids_keep is None else positions[0][ids_keep])
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + K, C)
-        outputs = [x]
-        for block in self.blocks:
-            outputs.append(block(outputs[-1]))
-        return self.norm(outputs[-1]), [outputs[number] for number in levels]
+        kept = {0: x}
+        for number, block in enumerate(self.blocks, start=1):
+            x = block(x)
+            if number in levels:  # keeping all would cost memory where no gradient needs them
+                kept[number] = x
+        return self.norm(x), [kept[number] for number in levels]
 
     def forward(self, images):
         """Images (B, 3, H, W) in [0, 1] -> tokens (B, 1 + N, C), CLS first."""
@@ -376,7 +378,7 @@ class MAE(ViT):
             # float32 whatever the autocast: losses compare pixels, and a bf16 step near 1 is .004,
             # a whole grey level of 255.
             with torch.autocast(x.device.type, enabled=False):
-                x = layers(x.float())  # (B, N, 3pp) with p = patch_size / 2^scale
+                x = layers(x.to(self.decoder_pred.weight.dtype)).float()  # (B, N, 3pp)
             images.append(imagenet_denormalize(unpatchify(x, self.patch_size >> scale)))
         return images
 
@@ -478,7 +480,7 @@ class ConvDiscriminator(nn.Module):
             x = F.leaky_relu(layer(x), 0.2)
             features.append(x)
         with torch.autocast(x.device.type, enabled=False):  # see `MSGDiscriminator.forward`
-            return self.head(x.float().flatten(1)).squeeze(1), features
+            return self.head(x.to(self.head.weight.dtype).flatten(1)).squeeze(1), features
 
 
 # ---- Multi-scale discriminator (sec. 3.2, MSG-GAN) -----------------------------------------------
@@ -562,7 +564,7 @@ class MSGDiscriminator(nn.Module):
         # float32 whatever the autocast: D's answers differ by less than a half-precision step long
         # before it is sure of them.
         with torch.autocast(x.device.type, enabled=False):
-            return self.head(x.float()).squeeze(1), features
+            return self.head(x.to(self.head[0].weight.dtype)).squeeze(1), features
 
 
 # ---- StyleGAN2 discriminator, multi-scale (sec. 3.2, StyleGANv2-ADA) -----------------------------
@@ -1285,7 +1287,8 @@ def write_weights(path, weights, names):
     except ImportError:
         raise ValueError(f"{path} needs the package safetensors: pip install safetensors") from None
     except (OSError, RuntimeError) as error:  # torch's own writer raises the second
-        raise ValueError(f"cannot write {path}: {error}") from None
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ValueError(f"cannot write {path}: {reason}") from None
     return len(written), 0 if names == "hf" else len(weights) - len(written)
 
 
@@ -1298,13 +1301,13 @@ PUBLISHED = {
 }
 
 
-def build_loss_network(kind, path=None):
+def build_loss_network(kind, path=None, random=False):
     """A frozen phi, "dvae" or "vgg", with its published weights; ValueError if they do not fit.
 
-    path: the published file; None downloads it (vgg alone); "random" takes no weights.
+    path: the published file; None downloads it (vgg alone). random: no weights at all.
     """
     phi, (url, what) = DVAEEncoder() if kind == "dvae" else VGGFeatures(), PUBLISHED[kind]
-    if path == "random":
+    if random:
         return phi
     try:
         if path is None and kind == "dvae":
@@ -1387,9 +1390,10 @@ def encoder_weights(weights, side, path):
     if "pos_embed" in weights and "cls_token" in weights:
         try:
             positions = resize_positions(weights["pos_embed"], side)
+            cls_token = weights["cls_token"] + positions[:, :1]
         except (ValueError, RuntimeError) as error:  # of any shape, in a foreign file
             raise ValueError(f"{path} has positions that cannot be resized: {error}") from None
-        weights["cls_token"] = weights["cls_token"] + positions[:, :1]
+        weights["cls_token"] = cls_token
         zero = torch.zeros_like(positions[:, :1])
         weights["pos_embed"] = torch.cat([zero, positions[:, 1:]], dim=1)
     return weights
@@ -1590,7 +1594,8 @@ def read_dvae(path):
             warnings.simplefilter("ignore")  # old files hold their source code: not ours, indeed
             found = torch.load(path, map_location="cpu", weights_only=False, pickle_module=safe)
     except Exception as error:  # anything can be in the file
-        raise ValueError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
+        reason = (str(error) or "no reason given").splitlines()[0]
+        raise ValueError(f"{type(error).__name__}: {reason}") from None
     weights = {}
 
     def collect(node, prefix):

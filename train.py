@@ -291,7 +291,8 @@ def pretrain(args, device, rank, world):
     train_set, val_set = build_data(args)
     validation_part = read_validation_part(val_set, rank, world)  # measured after each epoch
     progress, sampler, loader = open_run(run, train_set, args)
-    if finished(progress, args):
+    if nothing_left := finished(progress, args):
+        say(nothing_left)
         return 0
     stop, stopping = catch_stop_signals(), False
 
@@ -323,7 +324,7 @@ def pretrain(args, device, rank, world):
                 run.ada.update(means["d_accuracy_real"], images_per_step(args))
 
             # 5. Count the step, and save where it is time for it.
-            clock = book_step(progress, means if finite else {}, clock, bar, args)
+            clock = book_step(progress, means, finite, clock, bar, args)
             stopping = stopping or progress["step"] == args.steps
             ended = progress["epoch_step"] == sampler.steps
             if not ended and save_is_due(progress, stopping, args):
@@ -337,8 +338,7 @@ def pretrain(args, device, rank, world):
             finish_epoch(run, progress, lr, validation_part, args)  # measures, logs, draws
             if stopping or epoch % args.save_every == 0 or epoch == args.epochs:
                 save_checkpoint(Path(args.out) / "checkpoint.pt", run, progress, args)
-    how = f"stopped at step {progress['step']}; the same command goes on" if stopping else "done"
-    say(f"{how}: results are in {args.out}")
+    say(ending(stopping, progress, args))
     return stop["signal"]
 
 
@@ -374,7 +374,7 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}; the last good checkpoint is untouched")
+        fail(f"cannot write {path}: {error.strerror or error}")
 
 
 def is_main():
@@ -632,9 +632,8 @@ def open_loss_network(args, device):
         return None
     path = getattr(args, f"{kind}_weights")
     with refusals(), first_of_a_node_first():  # it downloads what is to be downloaded
-        if args.benchmark and path is None:  # time does not depend on the weights
-            path = "random"
-        return model.build_loss_network(kind, path).to(device)
+        random = bool(args.benchmark) and path is None  # time does not depend on the weights
+        return model.build_loss_network(kind, path, random).to(device)
 
 
 def initialise(run, args):
@@ -653,7 +652,8 @@ def compile_in_place(networks, device):
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
     except Exception as error:  # a compiler or Triton is missing, or too old
-        fail(f"--compile cannot work here ({str(error).splitlines()[0]}); leave it off")
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        fail(f"--compile cannot work here ({reason}); leave it off")
     for network in networks:
         network.compile()
 
@@ -763,7 +763,7 @@ def save_checkpoint(path, run, progress, args):
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
-        fail(f"cannot write {path} ({reason}): free disk space; the last good one is untouched")
+        fail(f"cannot write {path} ({reason}); the last good one is untouched")
 
 
 def save_is_due(progress, stopping, args):
@@ -781,7 +781,7 @@ def open_run(run, train_set, args):
     steps = across_processes({"all": progress["step"]}, run.device)["all"]
     if steps != world_size() * progress["step"]:
         fail(f"the nodes disagree on {out}/checkpoint.pt: put --out on a disk that they share")
-    if is_main():
+    if is_main() and not finished(progress, args):
         start_output(out, progress["epoch"])
     sampler = data.EpochSampler(
         len(train_set),
@@ -802,7 +802,7 @@ def resume(run, path, layout, args):
     kind = f"a checkpoint of {run.script}"
     with refusals():
         checkpoint = model.load_file(path, kind)
-    if checkpoint.get("script") != run.script:
+    if not made_by(run.script, checkpoint, "rng"):
         found = ", ".join(map(str, checkpoint)) or "nothing"
         fail(f"{path} is not {kind} (it holds {found:.60})")
     then, now = checkpoint["arguments"], vars(args)
@@ -832,15 +832,26 @@ def resume(run, path, layout, args):
     return progress | {"layout": layout}
 
 
+def made_by(script, checkpoint, *parts):
+    """Did `script` write this checkpoint, with these parts?"""
+    whole = {"arguments", "progress", *parts} <= checkpoint.keys()
+    return whole and checkpoint.get("script") == script
+
+
 def finished(progress, args):
-    """Has the run all of its epochs or steps already? Says so."""
+    """A line that says so if the run has all of its epochs or steps already, else ""."""
     if progress["epoch"] > args.epochs:
-        say(f"{args.out} has all its {args.epochs} epochs; raise --epochs")
-    elif args.steps and progress["step"] >= args.steps:
-        say(f"{args.out} has its {args.steps} steps; raise --steps, or leave it off")
-    else:
-        return False
-    return True
+        return f"{args.out} has all its {args.epochs} epochs; raise --epochs"
+    if args.steps and progress["step"] >= args.steps:
+        return f"{args.out} has its {args.steps} steps; raise --steps, or leave it off"
+    return ""
+
+
+def ending(stopping, progress, args):
+    """The last line of a run."""
+    if stopping:
+        return f"stopped at step {progress['step']}; --resume {args.out}/checkpoint.pt continues"
+    return f"done: results are in {args.out}"
 
 
 # ---- Steps and epochs: what is shared, counted and logged ----------------------------------------
@@ -896,23 +907,23 @@ def progress_bar(sampler, args):
     )
 
 
-def book_step(progress, means, clock, bar, args):
+def book_step(progress, means, finite, clock, bar, args):
     """Count a step, in `progress` and on the bar -> the time now, when the next one begins.
 
-    means: {name: float}, or {} if the loss was not finite, and no update was made.
+    means: {name: float}. finite: are they all, or was no update made?
     """
     now = time.perf_counter()
     progress["step"] += 1
     progress["epoch_step"] += 1
     progress["seconds"] += now - clock
-    progress["counted"] += bool(means)
-    progress["nonfinite"] = 0 if means else progress["nonfinite"] + 1
-    for name, value in means.items():
+    progress["counted"] += finite
+    progress["nonfinite"] = 0 if finite else progress["nonfinite"] + 1
+    for name, value in means.items() if finite else ():
         progress["sums"][name] = progress["sums"].get(name, 0.0) + value
     bar.update(images_per_step(args))
     bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
-    if not means:
-        say(f"step {progress['step']}: the loss is not finite; update skipped")
+    if not finite:
+        say(f"step {progress['step']}: the loss is not finite, update skipped: {means}")
     if progress["nonfinite"] == MAX_NONFINITE:
         fail(
             f"{MAX_NONFINITE} non-finite losses in a row; {args.out}/checkpoint.pt is untouched: "
@@ -1042,7 +1053,7 @@ def draw_reconstructions(path, run, images, mask_noise, args):
 # ---- Benchmark -----------------------------------------------------------------------------------
 
 
-def benchmark(args, device, world):
+def benchmark(args, device):
     """Time the training step on random images, eq. 3 on; print one JSON line.
 
     Steps with a lazy regulariser take longer: they come in rounds (see `time_steps`). ADA runs at
@@ -1351,10 +1362,10 @@ def main(argv=None):
     device, rank, world = start_processes()
     stopped = 0
     if args.benchmark:
-        benchmark(args, device, world)
+        benchmark(args, device)
     else:
         stopped = pretrain(args, device, rank, world)
-    if args.demo and not stopped:
+    if args.demo and not args.benchmark and not stopped:
         say(f"next: your own images, python train.py --loss {args.loss} --data PATH")
     if dist.is_initialized():
         dist.destroy_process_group()
