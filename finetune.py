@@ -418,6 +418,8 @@ def measure_reconstructions(args, device):
     inception, what = load_inception(args, device)
     say(f"Inception weights: {what}")
     totals, sums, unread = measure(runs, val_set, inception, args)
+    if not is_main():  # the sums are all processes', what follows is not shared
+        return
 
     count = totals.pop("images")
     results = {"real": {}} if inception else {}
@@ -433,17 +435,14 @@ def measure_reconstructions(args, device):
                 *losses.mean_and_covariance(sums["real", ""]),
             )
             results[name]["fid" + end] = losses.frechet_distance(*both)
-    if is_main():
-        about = {"data": args.data, "images": int(count), "unreadable": unread}
-        about |= {k: getattr(args, k) for k in ("image_size", "patch_size", "mask_ratio", "seed")}
-        about |= {"inception": what, "checkpoints": {name: str(r.path) for name, r in runs.items()}}
-        with train.writing(out / "eval.json"):
-            text = json.dumps(about | {"results": results}, indent=1)
-            (out / "eval.json").write_text(text + "\n")
-    print_table(results, runs, int(count))
-    if is_main():
-        with train.writing(out / "pictures"):
-            draw_figures(out / "pictures", runs, val_set)
+    about = {"data": args.data, "images": int(count), "unreadable": unread}
+    about |= {k: getattr(args, k) for k in ("image_size", "patch_size", "mask_ratio", "seed")}
+    about |= {"inception": what, "checkpoints": {name: str(r.path) for name, r in runs.items()}}
+    with train.writing(out):
+        text = json.dumps(about | {"results": results}, indent=1)
+        (out / "eval.json").write_text(text + "\n")
+        print_table(results, runs, int(count))
+        draw_figures(out / "pictures", runs, val_set)
     say(f"done: {out}/eval.json, {out}/pictures/")
 
 

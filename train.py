@@ -802,7 +802,7 @@ def resume(run, path, layout, args):
     kind = f"a checkpoint of {run.script}"
     with refusals():
         checkpoint = model.load_file(path, kind)
-    if not made_by(run.script, checkpoint, "rng"):
+    if not made_by(run.script, checkpoint, "progress", "rng"):
         found = ", ".join(map(str, checkpoint)) or "nothing"
         fail(f"{path} is not {kind} (it holds {found:.60})")
     then, now = checkpoint["arguments"], vars(args)
@@ -834,8 +834,7 @@ def resume(run, path, layout, args):
 
 def made_by(script, checkpoint, *parts):
     """Did `script` write this checkpoint, with these parts?"""
-    whole = {"arguments", "progress", *parts} <= checkpoint.keys()
-    return whole and checkpoint.get("script") == script
+    return checkpoint.get("script") == script and {"arguments", *parts} <= checkpoint.keys()
 
 
 def finished(progress, args):
