@@ -14,9 +14,10 @@ under a banner, checkpoints, data, benchmark, command line. What keeps a run ali
 precision, checkpoints) is train.py's.
 
 --checkpoint takes those of train.py, any project's file of ViT-MAE weights, or `none`: random
-weights. Writes to OUT: checkpoint.pt, best.pt (highest top-1) and log.jsonl, where top1 and top5
-are per cent of the validation images; `reconstruct`: eval.json and pictures/. Run the same command
-again after any interruption and it continues where the checkpoint was saved.
+weights. Writes to OUT: linear and finetune checkpoint.pt, best.pt (highest top-1) and log.jsonl,
+where top1 and top5 are per cent of the validation images; knn log.jsonl; reconstruct eval.json and
+pictures/; --eval only prints. Run the same command again after any interruption and a training
+continues where its checkpoint was saved (--demo starts anew).
 """
 
 import argparse
@@ -24,6 +25,7 @@ import hashlib
 import json
 import math
 import re
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -53,7 +55,7 @@ def classification_loss(logits, targets, label_smoothing):
 def step_gradients(run, batches, progress, args):
     """Accumulate the mean gradient of a step's batches -> {"loss": their mean}."""
     total, share = 0, 1 / len(batches)
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank = train.rank()
     for number, (images, labels, *_) in enumerate(batches, start=1):
         # Mixing and stochastic depth depend on where the run is, not on what was drawn before.
         torch.manual_seed(data.sample_seed(args.seed, progress["step"], number - 1, rank))
@@ -63,7 +65,7 @@ def step_gradients(run, batches, progress, args):
             images, targets = run.mix(images, targets)
         # Processes exchange gradients during the last backward pass of a step alone.
         with train.exchange(number == len(batches), run.classifier):
-            with train.autocast(run):
+            with run.autocast():
                 logits = run.classifier(images)  # (B, classes)
             loss = classification_loss(logits, targets, args.label_smoothing)
             run.scaler.scale(loss * share).backward()
@@ -93,7 +95,7 @@ def train_classifier(args, weights, train_set, val_set, device):
     progress, sampler, loader = train.open_run(run, train_set, args)
     if nothing_left := train.finished(progress, args):
         say(nothing_left)
-        return 0, progress.get("best", 0.0)
+        return 0, progress["best"]
     stop, stopping = train.catch_stop_signals(), False
 
     while progress["epoch"] <= args.epochs and not stopping:
@@ -113,7 +115,8 @@ def train_classifier(args, weights, train_set, val_set, device):
             clock = train.book_step(progress, means, finite, clock, bar, args)
             stopping = stopping or progress["step"] == args.steps
             ended = progress["epoch_step"] == sampler.steps
-            if not ended and train.save_is_due(progress, stopping, args):
+            due = train.save_is_due(progress, stopping, args)
+            if due and not ended:  # else after the epoch's measurements
                 train.save_checkpoint(Path(args.out) / "checkpoint.pt", run, progress, args)
             if stopping:
                 break
@@ -121,10 +124,10 @@ def train_classifier(args, weights, train_set, val_set, device):
         bar.close()
         if ended:
             finish_epoch(run, progress, lr, val, args)  # measures, logs, keeps the best; moves on
-            if stopping or epoch % args.save_every == 0 or epoch == args.epochs:
+            if due or epoch % args.save_every == 0 or epoch == args.epochs:
                 train.save_checkpoint(Path(args.out) / "checkpoint.pt", run, progress, args)
     say(train.ending(stopping, progress, args))
-    return stop["signal"], progress.get("best", 0.0)
+    return stop["signal"], progress["best"]
 
 
 def finish_epoch(run, progress, lr, val, args):
@@ -134,9 +137,11 @@ def finish_epoch(run, progress, lr, val, args):
         measured = evaluate(run, *val)
     row["bad_images"] += len(val[1])
     train.write_row(row | measured, args.out)
-    top1, best = measured.get("top1", -1.0), progress.get("best", -1.0)
-    train.next_epoch(progress, best=max(top1, best))
-    if top1 > best:
+    best = measured.get("top1", -1.0) > progress["best"]
+    if best:
+        progress["best"] = measured["top1"]
+    train.next_epoch(progress)
+    if best:
         train.save_checkpoint(Path(args.out) / "best.pt", run, progress, args)
 
 
@@ -165,20 +170,22 @@ def build_run(args, weights, device):
             load_weights(network, weights, args)
     network.to(device)
     groups = layer_groups(network, args.weight_decay, args.layer_decay)
-    run = SimpleNamespace(device=device, dtype=dtype, mix=build_mix(args, len(args.classes)))
+    run = SimpleNamespace(device=device, dtype=dtype, script="finetune.py", must_fit=MUST_FIT)
+    run.autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
+    run.mix = build_mix(args, len(args.classes))
     run.classifier, run.scaler = train.wrap(network, device), train.scaler(device, dtype)
     run.opt = torch.optim.AdamW(groups, betas=tuple(args.betas), fused=True)
-    run.script, run.must_fit = "finetune.py", MUST_FIT
     run.parts = {"classifier": network, "opt": run.opt, "scaler": run.scaler}
     return run
 
 
 def load_weights(network, weights, args):
     """Give the classifier what `open_checkpoint` read: its encoder, or with --eval all of it."""
-    prefix, side, path = "encoder.", network.encoder.side, args.checkpoint
+    path, side = args.checkpoint, network.encoder.side
     if not args.eval:
         encoder = model.encoder_weights(weights, side, path)
         return model.load_whole(network.encoder, encoder, path)
+    prefix = "encoder."
     encoder = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     encoder = model.encoder_weights(encoder, side, path)
     rest = {k: v for k, v in weights.items() if not k.startswith(prefix)}
@@ -189,11 +196,11 @@ def layer_groups(network, weight_decay, layer_decay):
     """AdamW groups with an `lr_scale`: 1 for the head, times `layer_decay` for each layer below."""
     layers, groups = network.layers(), []
     if layer_decay == 1:
-        layers = [sum(layers, [])]  # fewer groups are faster
+        layers = [[p for layer in layers for p in layer]]  # fewer groups are faster
     for below, parameters in enumerate(reversed(layers)):
-        scale = {"lr_scale": layer_decay**below}
-        for group in train.parameter_groups(torch.nn.ParameterList(parameters), weight_decay):
-            groups += [group | scale] if group["params"] else []
+        for group in train.parameter_groups(parameters, weight_decay):
+            if group["params"]:
+                groups.append(group | {"lr_scale": layer_decay**below})
     return groups
 
 
@@ -208,7 +215,7 @@ def build_mix(args, classes):
         mixes.append(v2.MixUp(alpha=args.mixup, num_classes=classes))
     if args.cutmix:
         mixes.append(v2.CutMix(alpha=args.cutmix, num_classes=classes))
-    return v2.RandomChoice(mixes).forward if mixes else None  # not a module: nothing to save
+    return v2.RandomChoice(mixes) if mixes else None
 
 
 # ---- Accuracy ------------------------------------------------------------------------------------
@@ -247,14 +254,14 @@ def evaluate(run, loader, known):
     for images, labels, _, bad in loader:
         found |= dict(bad)
         labels = labels.to(run.device, non_blocking=True)
-        with train.autocast(run):
+        with run.autocast():
             logits = network(data.to_float(images.to(run.device, non_blocking=True)))
         loss = F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
         for name, value in {**count_correct(logits, labels), "val_loss": loss}.items():
             sums[name] += value
     network.train()
     note_unread(found, known, loader.dataset)
-    return as_row(train.across_processes(sums, run.device), network.head.out_features)
+    return as_row(train.sum_over_processes(sums, run.device), network.head.out_features)
 
 
 def note_unread(found, known, dataset):
@@ -283,7 +290,7 @@ def extract(run, dataset, args):
     features, targets = [torch.zeros(0, width, device=run.device)], [torch.zeros(0).long()]
     for images, labels, _, bad in shard(dataset, args):
         found |= dict(bad)
-        with train.autocast(run):
+        with run.autocast():
             x = network.features(data.to_float(images.to(run.device, non_blocking=True)))
         features.append(F.normalize(x.float(), dim=1)[labels >= 0])
         targets.append(labels[labels >= 0])
@@ -292,13 +299,11 @@ def extract(run, dataset, args):
 
 
 def knn_scores(queries, bank, bank_labels, *, classes, k, temperature):
-    """Votes of the k training images most alike, each weighing exp(cosine / temperature).
+    """Votes of the k nearest training images, each weighing exp((cosine - the nearest's) /
+    temperature); classes without a vote get -inf (Wu et al. 2018).
 
-    The weights are relative to the most alike one's; classes without a vote get -inf.
-
-    queries: (Q, C), the same on every process. bank: (n, C) and bank_labels (n,), this process's
-    part of the training set. All of unit length. Returns (Q, classes), over all processes' parts.
-    Wu et al. 2018.
+    queries: (Q, C), the same on every process. bank: (n, C), this process's part of the training
+    set, and bank_labels (n,). Vectors have unit length. Returns (Q, classes), over all processes.
     """
     scores = []
     for chunk in queries.split(1024):
@@ -331,10 +336,11 @@ def measure_knn(run, train_set, val_set, args):
 def open_autoencoders(args, device):
     """--checkpoint's autoencoders -> ({name of the row: run}, args with what they settle).
 
-    run: mae, device, dtype, its own args, path. Sizes, which must agree, and the seed, the first
-    one's, come from the checkpoints.
+    run: mae, device, dtype and its autocast, its own args, path. Sizes must agree; the seed is the
+    first checkpoint's.
     """
-    runs, first, sizes = {}, None, ("image_size", "patch_size", "mask_ratio")
+    runs, first = {}, None
+    sizes = ("image_size", "patch_size", "mask_ratio")
     for path in args.checkpoints:
         with train.refusals():
             checkpoint = model.load_file(path, "a checkpoint of train.py")
@@ -353,14 +359,17 @@ def open_autoencoders(args, device):
         mae = model.build_mae(own.model, own.image_size, own.patch_size, own.arch, scales)
         with train.refusals():
             model.load_whole(mae, checkpoint["mae"], path)
-        name = (
-            own.loss if own.arch == losses.LOSSES[own.loss]["arch"] else f"{own.loss} ({own.arch})"
-        )
-        name += " (true contrast)" * own.norm_pix_loss  # see train.py's `reconstruct`
+        name = own.loss
+        if own.arch != losses.LOSSES[own.loss]["arch"]:
+            name += f" ({own.arch})"
+        if own.norm_pix_loss:
+            name += " (true contrast)"  # see train.py's `reconstruct`
         if name in runs:
-            name = f"{name} {len(runs) + 1}"
+            name += f" {len(runs) + 1}"
         dtype, mae = train.choose_precision(args.amp, device), mae.to(device).eval()
         runs[name] = SimpleNamespace(mae=mae, device=device, dtype=dtype, args=own, path=path)
+        on = dtype is not None
+        runs[name].autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=on)
     settled = {what: getattr(first, what) for what in (*sizes, "seed")}
     return runs, argparse.Namespace(**vars(args) | settled)
 
@@ -381,8 +390,9 @@ def load_inception(args, device):
                 )
         except (OSError, RuntimeError) as error:  # no network, or half a download
             reason = error
-        if train.across_processes({"missing": weights is None}, device)["missing"]:
-            return None, f"none, so neither IS nor FID (cannot be downloaded: {reason}); {get}"
+        if train.sum_over_processes({"missing": weights is None}, device)["missing"]:
+            why = reason or "on another process"
+            return None, f"none, so neither IS nor FID (cannot be downloaded: {why}); {get}"
         what = f"torchvision's, not those of published FIDs; for these {get}"
     else:
         with train.refusals():
@@ -417,7 +427,7 @@ def measure_reconstructions(args, device):
         )
     inception, what = load_inception(args, device)
     say(f"Inception weights: {what}")
-    totals, sums, unread = measure(runs, val_set, inception, args)
+    totals, sums, unread = measure(runs, val_set, inception, args, device)
     if not is_main():  # the sums are all processes', what follows is not shared
         return
 
@@ -441,18 +451,18 @@ def measure_reconstructions(args, device):
     with train.writing(out):
         text = json.dumps(about | {"results": results}, indent=1)
         (out / "eval.json").write_text(text + "\n")
-        print_table(results, runs, int(count))
-        draw_figures(out / "pictures", runs, val_set)
+        draw_figures(out / "pictures", runs, val_set, device)
+    print_table(results, runs, int(count))
     say(f"done: {out}/eval.json, {out}/pictures/")
 
 
-def measure(runs, val_set, inception, args):
+def measure(runs, val_set, inception, args, device):
     """One pass over the images -> (totals, sums for IS and FID, unreadable images left out).
 
     totals: {"images": number, (run's name, metric): sum}. sums: {(run's name, kind):
     `inception_sums`}, ("real", "") for the originals. Both over all processes.
     """
-    device, splits = torch.device(next(iter(runs.values())).device), min(10, len(val_set))
+    splits = min(10, len(val_set))  # of IS
     totals = {"images": 0} | {(name, metric): 0 for name in runs for metric in losses.METRICS}
     sums, unread, found = {}, [], {}
 
@@ -464,13 +474,12 @@ def measure(runs, val_set, inception, args):
             sums[name, kind][key] += value
 
     if inception is not None:  # sums of no images, so that every process has them all
-        nothing = torch.zeros(0, 3, 75, 75, device=device)
+        features = torch.zeros(0, inception.classify.in_features, device=device)
+        logits = torch.zeros(0, inception.classify.out_features, device=device)
         for name, kind in [("real", ""), *((name, kind) for name in runs for kind in losses.KINDS)]:
-            features, logits = inception(nothing)
-            sums[name, kind] = losses.inception_sums(
-                features, logits, torch.zeros(0).long(), splits
-            )
-    rank = dist.get_rank() if dist.is_initialized() else 0
+            nothing = torch.zeros(0, dtype=torch.long, device=device)
+            sums[name, kind] = losses.inception_sums(features, logits, nothing, splits)
+    rank = train.rank()
     indices = torch.arange(rank, len(val_set), train.world_size())
     loader, done = shard(val_set, args), 0
     for images, mask_noise, _, bad in tqdm(
@@ -498,7 +507,7 @@ def measure(runs, val_set, inception, args):
         for part in sums.values():
             for tensor in part.values():
                 dist.all_reduce(tensor)
-    return train.across_processes(totals, device), sums, len(unread)
+    return train.sum_over_processes(totals, device), sums, len(unread)
 
 
 def print_table(results, runs, count):
@@ -527,7 +536,7 @@ def print_table(results, runs, count):
             line(name if kind == losses.KINDS[0] else "", kind, pixels, results[name])
 
 
-def draw_figures(folder, runs, val_set, rows=8):
+def draw_figures(folder, runs, val_set, device, rows=8):
     """Figures 2 and 3 of the first images, and every checkpoint's curves, as PNG files.
 
     reconstruction.png: a column for each checkpoint, its hidden part pasted into the visible
@@ -535,7 +544,6 @@ def draw_figures(folder, runs, val_set, rows=8):
     last layer's attention of CLS, each head and their mean; of several checkpoints the means side
     by side, and the heads in attention_NAME.png each.
     """
-    device = torch.device(next(iter(runs.values())).device)
     images, mask_noise = data.collate([val_set[0, i] for i in range(min(rows, len(val_set)))])[:2]
     real, mask_noise = data.to_float(images.to(device)), mask_noise.to(device)
     figure_2, figure_3 = {"original": real}, {"original": real}
@@ -565,8 +573,10 @@ def draw_figures(folder, runs, val_set, rows=8):
 
 KIND = "a checkpoint of train.py, finetune.py or a ViT-MAE of another project"
 # A checkpoint continues only under the same values of these.
-MUST_FIT = ("task", "checkpoint", "data", "model", "image_size", "patch_size", "pool", "fraction")
-MUST_FIT += ("shots", "limit_images", "val_images", "layer_decay", "seed", "classes")
+MUST_FIT = (
+    *("task", "checkpoint", "data", "model", "image_size", "patch_size", "pool", "fraction"),
+    *("shots", "limit_images", "val_images", "layer_decay", "seed", "classes"),
+)
 
 
 def open_checkpoint(args):
@@ -623,7 +633,7 @@ def shard(dataset, args):
 
     No padding, so that over all processes each image is counted once.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank = train.rank()
     keys = [(0, i) for i in range(rank, len(dataset), train.world_size())]
     return data.build_loader(dataset, keys, batch_size=args.batch_size, workers=args.workers)
 
@@ -634,9 +644,9 @@ def build_data(args):
     With --eval these must be the checkpoint's. One line and status 2 if that cannot be.
     """
     train_source, val_source = train.open_data(args, args.image_size)
+    if len(train_source.classes) < 2:
+        fail(f"--data {args.data} has no classes: keep images in class folders")
     with train.refusals():
-        if len(train_source.classes) < 2:
-            raise ValueError(f"--data {args.data} has no classes: keep images in class folders")
         data.check_classes(train_source.classes, val_source.classes, ("train", "val"))
         if args.eval:
             data.check_classes(args.classes, val_source.classes, (args.checkpoint, args.data))
@@ -899,7 +909,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.export:
         return export(args)
-    device, _, _ = train.start_processes()
+    device = train.start_processes()
     stopped = 0
     if args.benchmark:
         benchmark(args, device)

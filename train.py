@@ -11,7 +11,8 @@ command line. The losses are in losses.py, the networks in model.py, the images 
 finetune.py does everything that is done with a checkpoint.
 
 Writes to OUT: checkpoint.pt, log.jsonl (one JSON object per epoch) and pictures/. Run the same
-command again after any interruption and it continues where the checkpoint was saved.
+command again after any interruption and it continues where the checkpoint was saved (--demo starts
+anew).
 """
 
 import argparse
@@ -19,7 +20,6 @@ import itertools
 import json
 import math
 import os
-import resource
 import signal
 import statistics
 import subprocess
@@ -27,6 +27,7 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,7 +64,7 @@ def backward(run, images, mask_noise, seeds, *, eq3_on, share, args):
     recipe, terms = LOSSES[args.loss], {}
 
     # G(I_m) at every scale that a row looks at, finest first, and I at the same sizes.
-    with autocast(run):
+    with run.autocast():
         outputs, mask = run.mae(images, args.mask_ratio, mask_noise)  # [(B, 3, h, w)], (B, N)
     reals = losses.pyramid(images, len(outputs))
 
@@ -87,14 +88,14 @@ def backward(run, images, mask_noise, seeds, *, eq3_on, share, args):
         seen_real, seen_fake = reals, fakes
         if run.ada is not None:  # PAPER: sec. 3.2, "is also applied to all samples"
             seen_real, seen_fake = augment(run, seeds, args, reals, fakes)
-        with autocast(run):
+        with run.autocast():
             logits_real, phi_real = run.disc(seen_real)  # (B,), [(B, C_j, h_j, w_j)]
             logits_fake, phi_fake = run.disc(seen_fake)
         # PAPER: eq. 5.
         terms["adversarial"] = args.adversarial_weight * losses.lsgan_g_loss(logits_fake)
     elif run.loss_network is not None:
         # PAPER: eq. 7. PAPER SILENT: of several scales, phi sees the finest alone.
-        with autocast(run):
+        with run.autocast():
             phi_fake = run.loss_network(fakes[0])
             with torch.no_grad():
                 phi_real = run.loss_network(images)
@@ -158,12 +159,12 @@ def regularise(run, images, mask_noise, seeds, share, progress, args):
     cannot be differentiated twice, and DDP expects one backward pass), and run before `backward`,
     whose exchange between processes then averages both gradients together.
     """
-    recipe, terms = LOSSES[args.loss], {}
+    path, step, terms = LOSSES[args.loss]["path"], progress["step"], {}
     with full_float32():
-        if recipe["path"] and args.path_weight and progress["step"] % args.path_every == 0:
+        if path and args.path_weight and step % args.path_every == 0:
             batch = images, mask_noise, seeds
             terms["path_length"] = regularise_path(run, *batch, share, progress, args)
-        if run.disc is not None and args.r1_gamma and progress["step"] % args.r1_every == 0:
+        if run.disc is not None and args.r1_gamma and step % args.r1_every == 0:
             terms["r1"] = regularise_r1(run, images, seeds, share, args)
     return terms
 
@@ -234,7 +235,9 @@ def step_gradients(run, batches, eq3_on, progress, args):
     for number, (images, mask_noise, seeds, *_) in enumerate(batches, start=1):
         images = data.to_float(images.to(run.device, non_blocking=True))  # (B, 3, H, W) in [0, 1]
         batch = images, mask_noise.to(run.device, non_blocking=True), seeds
-        terms = regularise(run, *batch, share, progress, args)
+        terms = {}
+        if LOSSES[args.loss]["path"] or args.r1_gamma:
+            terms = regularise(run, *batch, share, progress, args)
         # Processes exchange gradients during the last backward pass of a step alone.
         with exchange(number == len(batches), run.mae, run.disc):
             terms |= backward(run, *batch, eq3_on=eq3_on, share=share, args=args)
@@ -279,7 +282,7 @@ def eq3_is_on(epoch, args):
     return phi in model.PUBLISHED or (phi == "disc" and epoch % args.feature_every == 0)
 
 
-def pretrain(args, device, rank, world):
+def pretrain(args, device):
     """Train the row that args name, from its checkpoint if there is one.
 
     Returns the signal that stopped it, 0 = none. `progress` is where the run stands: epoch, steps,
@@ -289,7 +292,7 @@ def pretrain(args, device, rank, world):
     if args.init:
         initialise(run, args)
     train_set, val_set = build_data(args)
-    validation_part = read_validation_part(val_set, rank, world)  # measured after each epoch
+    validation_part = read_validation_part(val_set, rank(), world_size())  # measured each epoch
     progress, sampler, loader = open_run(run, train_set, args)
     if nothing_left := finished(progress, args):
         say(nothing_left)
@@ -306,8 +309,9 @@ def pretrain(args, device, rank, world):
             # 1. Learning rates of both players; one schedule, two peaks.
             position = (epoch - 1) * sampler.steps + progress["epoch_step"]
             warmup, total = args.warmup_epochs * sampler.steps, args.epochs * sampler.steps
-            for optimizer, peak in ((run.opt_g, args.lr), (run.opt_d, args.d_lr)):
-                set_rate(optimizer, learning_rate(position, warmup, total, peak))
+            set_rate(run.opt_g, learning_rate(position, warmup, total, args.lr))
+            if run.disc is not None:
+                set_rate(run.opt_d, learning_rate(position, warmup, total, args.d_lr))
 
             # 2. Gradients of G and D, averaged over batches and processes.
             terms = step_gradients(run, batches, eq3_on, progress, args)
@@ -327,7 +331,8 @@ def pretrain(args, device, rank, world):
             clock = book_step(progress, means, finite, clock, bar, args)
             stopping = stopping or progress["step"] == args.steps
             ended = progress["epoch_step"] == sampler.steps
-            if not ended and save_is_due(progress, stopping, args):
+            due = save_is_due(progress, stopping, args)
+            if due and not ended:  # else after the epoch's measurements
                 save_checkpoint(Path(args.out) / "checkpoint.pt", run, progress, args)
             if stopping:
                 break
@@ -336,7 +341,7 @@ def pretrain(args, device, rank, world):
         if ended:
             lr = run.opt_g.param_groups[0]["lr"]
             finish_epoch(run, progress, lr, validation_part, args)  # measures, logs, draws
-            if stopping or epoch % args.save_every == 0 or epoch == args.epochs:
+            if due or epoch % args.save_every == 0 or epoch == args.epochs:
                 save_checkpoint(Path(args.out) / "checkpoint.pt", run, progress, args)
     say(ending(stopping, progress, args))
     return stop["signal"]
@@ -377,9 +382,14 @@ def writing(path):
         fail(f"cannot write {path}: {error.strerror or error}")
 
 
+def rank():
+    """Number of this process, from 0, as torchrun gives it."""
+    return int(os.environ.get("RANK", 0))
+
+
 def is_main():
     """Is this the one process that writes?"""
-    return int(os.environ.get("RANK", 0)) == 0
+    return rank() == 0
 
 
 def say(message, file=None):
@@ -415,33 +425,34 @@ def world_size():
 
 
 def start_processes():
-    """Join the process group that torchrun's environment describes -> (device, rank, world size).
+    """Join the process group that torchrun's environment describes -> this process's device.
 
     Without those variables: one process, on the GPU if there is one.
     """
-    rank, world, local = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        count, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if wanted > count:
-            fail(f"{wanted} processes for {count} GPUs: lower --nproc_per_node to {count}")
-        device = torch.device("cuda", local)
-        architectures = torch.cuda.get_arch_list()
-        if not gpu_is_supported(torch.cuda.get_device_capability(device), architectures):
-            fail(
-                f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)}"
-                f" (it has {', '.join(architectures)}); see 'V100' in README.md, Install"
-            )
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        check_gpu(device)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # sizes never change: let cuDNN choose by trying
-    if world > 1 and device.type == "cuda":
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and device.type == "cuda":
         dist.init_process_group("nccl", device_id=device)
-    elif world > 1:
+    elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo")
-    return device, rank, world
+    return device
+
+
+def check_gpu(device):
+    """Is there a GPU for each process of this node, which the installed torch can run on?"""
+    count, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if wanted > count:
+        fail(f"{wanted} processes for {count} GPUs: lower --nproc_per_node to {count}")
+    architectures = torch.cuda.get_arch_list()
+    if not gpu_is_supported(torch.cuda.get_device_capability(device), architectures):
+        fail(
+            f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} "
+            f"(it has {', '.join(architectures)}); see 'V100' in README.md, Install"
+        )
 
 
 def gpu_is_supported(capability, architectures):
@@ -495,7 +506,7 @@ def mean_over_processes(tensor):
     return tensor / world_size()
 
 
-def across_processes(values, device):
+def sum_over_processes(values, device):
     """Sum each number of a dict over all processes, in one collective and one GPU sync.
 
     values: {name: scalar tensor or number}. Returns {name: float}, the same on every process.
@@ -535,11 +546,6 @@ def choose_precision(amp, device):
     return {"fp16": torch.float16, "bf16": torch.bfloat16}[amp]
 
 
-def autocast(run):
-    """Autocast context of a run (see `build_run`)."""
-    return torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype is not None)
-
-
 def scaler(device, dtype):
     """A gradient scaler, which passes losses through unless precision is fp16."""
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -569,19 +575,23 @@ D_ADAM = {
     "stylegan2": (2.5e-3, (0.0, 0.99)),
 }
 # A checkpoint continues only under the same values of these.
-MUST_FIT = ("loss", "model", "arch", "image_size", "patch_size", "norm_pix_loss")
-MUST_FIT += ("d_channels", "d_max", "seed")
+MUST_FIT = (
+    *("loss", "model", "arch", "image_size", "patch_size", "norm_pix_loss"),
+    *("d_channels", "d_max", "seed"),
+)
 
 
 def build_run(args, device):
     """What trains: G and D with an optimiser and a gradient scaler each, device and precision.
 
-    -> namespace of device, dtype (autocast's, None = float32), mae, opt_g, scaler_g, disc, opt_d,
-    scaler_d, ada, loss_network (the frozen phi of dvae_p and vgg_p); None where a row has none.
-    parts: those of them that a checkpoint holds, by name. script, must_fit: checked on resuming;
-    who wrote the file, and the arguments that must be equal.
+    -> namespace of device, dtype (None = float32), autocast (a function -> its context), mae,
+    opt_g, scaler_g, disc, opt_d, scaler_d, ada, loss_network (the frozen phi of dvae_p and vgg_p);
+    None where a row has none. parts: those of them that a checkpoint holds, by name. script,
+    must_fit: checked on resuming; who wrote the file, and the arguments that must be equal.
     """
     recipe, dtype = LOSSES[args.loss], choose_precision(args.amp, device)
+    run = SimpleNamespace(device=device, dtype=dtype, script="train.py", must_fit=MUST_FIT)
+    run.autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
     torch.manual_seed(args.seed)  # the same initial weights on every process
     scales, disc = image_scales(args), None
     with refusals():  # sizes that do not fit each other
@@ -589,33 +599,29 @@ def build_run(args, device):
         if recipe["adversary"]:
             sizes = (args.image_size, scales, args.d_channels, args.d_max)
             disc = model.build_discriminator(recipe["adversary"], *sizes)
-    mae, disc = mae.to(device), disc and disc.to(device)
-    if disc is not None and (device.type == "cuda" or recipe["adversary"] == "conv"):
-        # Tensor cores want it; on a CPU it speeds "conv" up and slows the others down.
-        disc = disc.to(memory_format=torch.channels_last)
-    if args.compile:
-        compile_in_place([network for network in (mae, disc) if network], device)
 
-    groups = parameter_groups(mae, args.weight_decay)
-    opt_g = torch.optim.AdamW(groups, betas=tuple(args.betas), fused=True)
-    opt_d = ada = None
-    if disc is not None:
+    mae = compiled(mae.to(device), args)
+    groups = parameter_groups(mae.parameters(), args.weight_decay)
+    run.opt_g = torch.optim.AdamW(groups, betas=tuple(args.betas), fused=True)
+    run.mae, run.scaler_g = wrap(mae, device), scaler(device, dtype)
+    run.parts = {"mae": mae, "opt_g": run.opt_g, "scaler_g": run.scaler_g}
+
+    run.disc = run.opt_d = run.scaler_d = run.ada = None
+    if recipe["adversary"]:
+        disc = compiled(disc.to(device), args)
+        if device.type == "cuda" or recipe["adversary"] == "conv":
+            # Tensor cores want it; on a CPU it speeds "conv" up and slows the others down.
+            disc = disc.to(memory_format=torch.channels_last)
         # PAPER SILENT: D's optimiser. Adam with GAN betas and no decay (the authors' code: as G's).
-        opt_d = torch.optim.Adam(disc.parameters(), betas=tuple(args.d_betas), fused=True)
+        run.opt_d = torch.optim.Adam(disc.parameters(), betas=tuple(args.d_betas), fused=True)
+        run.disc, run.scaler_d = wrap(disc, device), scaler(device, dtype)
+        run.parts |= {"disc": disc, "opt_d": run.opt_d, "scaler_d": run.scaler_d}
     if recipe["ada"]:
-        ada = model.AdaAugment(
+        run.ada = model.AdaAugment(
             target=args.ada_target, ramp_images=args.ada_images, fixed_p=args.ada_p
         )
-    run = SimpleNamespace(device=device, dtype=dtype, ada=ada, opt_g=opt_g, opt_d=opt_d)
-    run.mae, run.disc = wrap(mae, device), disc and wrap(disc, device)
-    run.scaler_g, run.scaler_d = scaler(device, dtype), disc and scaler(device, dtype)
+        run.parts |= {"ada": run.ada}
     run.loss_network = open_loss_network(args, device)
-    run.script, run.must_fit = "train.py", MUST_FIT
-    run.parts = {"mae": mae, "opt_g": opt_g, "scaler_g": run.scaler_g}
-    if disc is not None:
-        run.parts |= {"disc": disc, "opt_d": opt_d, "scaler_d": run.scaler_d}
-    if ada is not None:
-        run.parts |= {"ada": ada}
     return run
 
 
@@ -644,26 +650,27 @@ def initialise(run, args):
     say(f"--init {args.init}: took {taken}; left out: {', '.join(left_out) or 'none'}")
 
 
-def compile_in_place(networks, device):
-    """--compile: torch.compile for what `network(x)` runs, under the same names of weights.
+def compiled(network, args):
+    """--compile: torch.compile for what `network(x)` runs, in place, under the same names.
 
     `network.forward(x)` stays as it was: compiled graphs have no second derivative.
     """
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-    except Exception as error:  # a compiler or Triton is missing, or too old
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        fail(f"--compile cannot work here ({reason}); leave it off")
-    for network in networks:
+    if args.compile:
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(1, device=next(network.parameters()).device))
+        except Exception as error:  # a compiler or Triton is missing, or too old
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            fail(f"--compile cannot work here ({reason}); leave it off")
         network.compile()
+    return network
 
 
-def parameter_groups(module, weight_decay):
+def parameter_groups(parameters, weight_decay):
     """AdamW groups: matrices decay; norms, biases and tokens (one-dimensional) do not.
 
     PAPER SILENT: what decays (MAE's code: the tokens, too).
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    parameters = [p for p in parameters if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.squeeze().ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.squeeze().ndim <= 1], "weight_decay": 0.0},
@@ -671,8 +678,8 @@ def parameter_groups(module, weight_decay):
 
 
 def set_rate(optimizer, lr):
-    """Set an optimiser's learning rate, times its groups' own `lr_scale`; None has none."""
-    for group in optimizer.param_groups if optimizer else []:
+    """Set an optimiser's learning rate, times its groups' own `lr_scale`."""
+    for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1)
 
 
@@ -726,7 +733,10 @@ def check_one_step(train_set, args):
 
 
 def new_progress():
-    """Where a run stands: all that a checkpoint holds beside its parts and arguments."""
+    """Where a run stands: all that a checkpoint holds beside its parts and arguments.
+
+    No generator's state is among it: whatever is drawn depends on seed, epoch and image, or step.
+    """
     return {
         "epoch": 1,  # the epoch that is running
         "epoch_step": 0,  # steps done of it
@@ -738,6 +748,7 @@ def new_progress():
         "path_mean": torch.zeros(()),  # running mean of path lengths, 0 = none yet
         "bad_images": [],  # unreadable ones, distinct, over all processes
         "layout": {},  # see `open_run`
+        "best": -1.0,  # highest top-1 yet, per cent (finetune.py)
     }
 
 
@@ -751,7 +762,6 @@ def save_checkpoint(path, run, progress, args):
             fail(f"{name} has non-finite weights; {path} keeps the last good ones: lower --lr")
     checkpoint = {name: part.state_dict() for name, part in run.parts.items()}
     checkpoint |= {"progress": progress, "arguments": vars(args), "script": run.script}
-    checkpoint |= {"rng": torch.get_rng_state()}
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -767,18 +777,18 @@ def save_checkpoint(path, run, progress, args):
 
 
 def save_is_due(progress, stopping, args):
-    """Save within an epoch? When the run is about to stop, and by --save-steps."""
+    """Is it time to save after this step? If the run is about to stop, and by --save-steps."""
     due = args.save_steps and progress["step"] % args.save_steps == 0
     return stopping or (due and not progress["nonfinite"])
 
 
 def open_run(run, train_set, args):
     """Continue or begin a run, as --resume says -> (progress, sampler, loader)."""
-    out, rank = Path(args.out), int(os.environ.get("RANK", 0))
+    out = Path(args.out)
     # These must not change within an epoch, or the steps that are done would mean others.
     layout = {"images per step": images_per_step(args), "training images": len(train_set)}
     progress = resume(run, out / "checkpoint.pt", layout, args)
-    steps = across_processes({"all": progress["step"]}, run.device)["all"]
+    steps = sum_over_processes({"all": progress["step"]}, run.device)["all"]
     if steps != world_size() * progress["step"]:
         fail(f"the nodes disagree on {out}/checkpoint.pt: put --out on a disk that they share")
     if is_main() and not finished(progress, args):
@@ -787,7 +797,7 @@ def open_run(run, train_set, args):
         len(train_set),
         global_batch=images_per_step(args),
         seed=args.seed,
-        rank=rank,
+        rank=rank(),
         world=world_size(),
     )
     loader = data.build_loader(train_set, sampler, batch_size=args.batch_size, workers=args.workers)
@@ -802,7 +812,7 @@ def resume(run, path, layout, args):
     kind = f"a checkpoint of {run.script}"
     with refusals():
         checkpoint = model.load_file(path, kind)
-    if not made_by(run.script, checkpoint, "progress", "rng"):
+    if not made_by(run.script, checkpoint, "progress"):
         found = ", ".join(map(str, checkpoint)) or "nothing"
         fail(f"{path} is not {kind} (it holds {found:.60})")
     then, now = checkpoint["arguments"], vars(args)
@@ -828,7 +838,6 @@ def resume(run, path, layout, args):
         part.load_state_dict(checkpoint[name])
         for group, values in zip(getattr(part, "param_groups", []), flags, strict=True):
             group |= values  # what the flags say now, not then
-    torch.set_rng_state(checkpoint["rng"])
     return progress | {"layout": layout}
 
 
@@ -866,7 +875,7 @@ def agree(run, terms, batches, signalled, progress, dataset):
     """
     bad = {index: reason for *_, found in batches for index, reason in found}
     bad = {index: reason for index, reason in bad.items() if index not in progress["bad_images"]}
-    report = across_processes({"stop": signalled, "bad": len(bad), **terms}, run.device)
+    report = sum_over_processes({"stop": signalled, "bad": len(bad), **terms}, run.device)
     stopping, any_bad = report.pop("stop") > 0, report.pop("bad") > 0
     if any_bad:
         note_bad_images(bad, progress["bad_images"], dataset)
@@ -917,10 +926,17 @@ def book_step(progress, means, finite, clock, bar, args):
     progress["seconds"] += now - clock
     progress["counted"] += finite
     progress["nonfinite"] = 0 if finite else progress["nonfinite"] + 1
-    for name, value in means.items() if finite else ():
-        progress["sums"][name] = progress["sums"].get(name, 0.0) + value
+    if finite:
+        for name, value in means.items():
+            progress["sums"][name] = progress["sums"].get(name, 0.0) + value
     bar.update(images_per_step(args))
     bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
+    give_up_if_it_diverges(progress, means, finite, args)
+    return now
+
+
+def give_up_if_it_diverges(progress, means, finite, args):
+    """Report a step whose loss is not finite; end the run after MAX_NONFINITE of them in a row."""
     if not finite:
         say(f"step {progress['step']}: the loss is not finite, update skipped: {means}")
     if progress["nonfinite"] == MAX_NONFINITE:
@@ -928,7 +944,6 @@ def book_step(progress, means, finite, clock, bar, args):
             f"{MAX_NONFINITE} non-finite losses in a row; {args.out}/checkpoint.pt is untouched: "
             "lower the learning rates, or try --amp off"
         )
-    return now
 
 
 def start_output(out, epoch):
@@ -959,11 +974,11 @@ def write_row(row, out=None):
     say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
 
 
-def next_epoch(progress, **kept):
+def next_epoch(progress):
     """Move `progress` on: what belongs to one epoch starts anew."""
-    stay = ("step", "bad_images", "layout", "path_mean", "nonfinite")
-    fresh = new_progress() | {name: progress[name] for name in stay}
-    progress |= fresh | {"epoch": progress["epoch"] + 1} | kept
+    whole_run = ("step", "bad_images", "layout", "path_mean", "nonfinite", "best")
+    kept = {name: progress[name] for name in whole_run}
+    progress |= new_progress() | kept | {"epoch": progress["epoch"] + 1}
 
 
 # ---- Validation and pictures ---------------------------------------------------------------------
@@ -1012,7 +1027,7 @@ def reconstruct(run, images, mask_noise, args):
     Under --norm-pix-loss the network predicts patches without their mean and contrast; both are
     put back from the true image, so what is shown and measured is not a prediction of them.
     """
-    with autocast(run):
+    with run.autocast():
         outputs, mask = unwrap(run.mae).forward(images, args.mask_ratio, mask_noise)
     reconstruction = outputs[0]
     if args.norm_pix_loss:
@@ -1027,14 +1042,14 @@ def reconstruct(run, images, mask_noise, args):
 @torch.no_grad()
 def validate(run, images, mask_noise, args):
     """`image_quality` of all processes' fixed images -> {name: mean over images}."""
-    totals = dict.fromkeys(("images", *losses.METRICS), 0) | {"images": len(images)}
+    totals = {"images": len(images)} | dict.fromkeys(losses.METRICS, 0)
     for start in range(0, len(images), args.batch_size):
         batch = slice(start, start + args.batch_size)
         real = data.to_float(images[batch].to(run.device))
         fake, hidden = reconstruct(run, real, mask_noise[batch].to(run.device), args)
         for name, value in losses.image_quality(fake, real, hidden)[0].items():
             totals[name] += value
-    totals = across_processes(totals, run.device)
+    totals = sum_over_processes(totals, run.device)
     count = totals.pop("images")
     return {name: value / count for name, value in totals.items()}
 
@@ -1065,7 +1080,6 @@ def benchmark(args, device):
     mask_noise = torch.rand(B, unwrap(run.mae).side ** 2, generator=generator)
     progress, eq3_on = new_progress(), recipe["phi"] is not None
     set_rate(run.opt_g, args.lr)
-    set_rate(run.opt_d, args.d_lr)
     places = math.lcm(
         args.path_every if recipe["path"] and args.path_weight else 1,
         args.r1_every if recipe["adversary"] and args.r1_gamma else 1,
@@ -1107,7 +1121,10 @@ def benchmark_row(run, seconds, args, **first):
     if run.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        import resource  # Unix alone
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return first | {
         "model": args.model,
         "image_size": args.image_size,
@@ -1165,7 +1182,8 @@ def at_least(low, kind=int):
     def parse(text):
         value = kind(text)
         if not low <= value < math.inf:  # also refuses nan
-            raise argparse.ArgumentTypeError(f"{text} is not a number of {low} or more")
+            bound = "above 0" if 0 < low < 1 else f"of {low} or more"
+            raise argparse.ArgumentTypeError(f"{text} is not a number {bound}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names the type in its messages
@@ -1358,12 +1376,12 @@ def main(argv=None):
     args = parse_args(argv)
     if args.loss == "all":
         return benchmark_all(sys.argv[1:] if argv is None else argv)
-    device, rank, world = start_processes()
+    device = start_processes()
     stopped = 0
     if args.benchmark:
         benchmark(args, device)
     else:
-        stopped = pretrain(args, device, rank, world)
+        stopped = pretrain(args, device)
     if args.demo and not args.benchmark and not stopped:
         say(f"next: your own images, python train.py --loss {args.loss} --data PATH")
     if dist.is_initialized():
