@@ -324,9 +324,11 @@ def _background(rng, lightness, hue, size):
 # ---- Shapes: the data set ------------------------------------------------------------------------
 
 
-def _dress(rng, x, y, r, kind, lightness, light):
-    """Give an object angle, texture, and colours that stand out from a background's lightness."""
+def _dress(rng, x, y, r, kind, lightness, light, turn):
+    """Give an object an angle up to `turn`, a texture, and colours that stand out from a
+    background's lightness."""
     angle, texture_angle, hue = rng.uniform(0, 2 * math.pi, 3).tolist()
+    angle = angle * (turn / math.pi) - turn % math.pi  # a whole turn, or from -turn to turn
     away = 1 if lightness < 0.62 else -1
     first = lightness + away * rng.uniform(0.24, 0.36)
     second = min(max(first + away * rng.uniform(-0.05, 0.2), 0.15), 0.97)
@@ -351,6 +353,9 @@ class Shapes(Dataset):
 
     classes = SHAPE_CLASSES
     lengths = {"train": 50_000, "val": 5_000}
+    radii = (0.15, 0.24)  # of the disc that has the largest object's area
+    objects = 4  # at most so many
+    turn = math.pi  # angles are up to so much, radians
 
     def __init__(self, split="train", size=64, length=None, seed=0):
         if split not in self.lengths:
@@ -379,17 +384,36 @@ class Shapes(Dataset):
         rng = np.random.default_rng([self.seed, list(self.lengths).index(self.split), index])
         lightness, hue, light = rng.uniform(0.38, 0.9), *rng.uniform(0, 2 * math.pi, 2).tolist()
 
-        main = rng.uniform(0.15, 0.24)  # radius of the disc that has the largest object's area
+        main = rng.uniform(*self.radii)
         placed = [(*rng.uniform(1.2 * main, 1 - 1.2 * main, 2).tolist(), main, label)]
-        others = rng.integers(4)
+        others = rng.integers(self.objects)
         for x, y, r in rng.uniform(size=(8 * others, 3)).tolist():
             x, y, r = 0.05 + 0.9 * x, 0.05 + 0.9 * y, main * (0.3 + 0.3 * r)
             # A place is refused where it would hide another object.
             free = all(math.hypot(x - a, y - b) > r + other for a, b, other, _ in placed)
             if free and len(placed) <= others:
                 placed.append((x, y, r, int(rng.integers(len(SHAPE_CLASSES)))))
-        objects = [_dress(rng, *placed[i], lightness, light) for i in rng.permutation(len(placed))]
+        how = (lightness, light, self.turn)
+        objects = [_dress(rng, *placed[i], *how) for i in rng.permutation(len(placed))]
         return rng, lightness, hue, objects
+
+
+class LargeShapes(Shapes):
+    """`Shapes` with one large, nearly upright object: what minutes of pre-training can learn.
+
+    Each picture is drawn once, and kept (12 kB at 64 px).
+    """
+
+    radii, objects, turn = (0.26, 0.36), 1, 0.5
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.kept = {}
+
+    def __getitem__(self, index):
+        if index not in self.kept:
+            self.kept[index] = super().__getitem__(index)
+        return self.kept[index]
 
 
 # ---- Sources: where images come from -------------------------------------------------------------
@@ -459,12 +483,13 @@ def hold_out(source, seed):
 def open_sources(data, *, image_size, seed):
     """(training source, validation source) for `--data`.
 
-    data: "shapes", "cifar10" (downloaded to data/ once), or a folder: `train/` and `val/` with
-    class folders as ImageNet has them, class folders alone, or images alone; without `val`, see
-    `hold_out`. ValueError or OSError says what is wrong with it and what to do.
+    data: "shapes", "shapes-large", "cifar10" (downloaded to data/ once), or a folder: `train/` and
+    `val/` with class folders as ImageNet has them, class folders alone, or images alone; without
+    `val`, see `hold_out`. ValueError or OSError says what is wrong with it and what to do.
     """
-    if data == "shapes":
-        return Shapes("train", image_size), Shapes("val", image_size)
+    if data in ("shapes", "shapes-large"):
+        scenes = Shapes if data == "shapes" else LargeShapes
+        return scenes("train", image_size), scenes("val", image_size)
     if data == "cifar10":
         try:
             return tuple(CIFAR10("data", train=train, download=True) for train in (True, False))

@@ -716,14 +716,15 @@ TASKS = {"linear": PLAIN, "finetune": FINETUNE, "knn": PLAIN, "reconstruct": PLA
 # `--demo`: measures what `train.py --demo` wrote against random weights, on two CPU cores.
 DEMO = dict(
     checkpoints=["runs/demo/checkpoint.pt"],
-    data="shapes",
+    data="shapes-large",
     pool="mean",
-    limit_images=1600,
+    limit_images=2000,
     val_images=1000,
     batch_size=50,
-    epochs=4,
+    epochs=5,
     lr=1e-2,
     crop_min=0.5,
+    eval_every=5,
     workers=1,
     out="runs/demo/finetune",
     resume="off",
@@ -886,7 +887,7 @@ def demo(args, device):
     if not Path(args.checkpoint).exists():
         fail(f"{args.checkpoint} does not exist: run `python train.py --demo` first")
     _, settled = open_checkpoint(args)
-    sizes, lines = {k: getattr(settled, k) for k in ("model", "image_size", "patch_size")}, []
+    sizes, table = {k: getattr(settled, k) for k in ("model", "image_size", "patch_size")}, []
     for checkpoint, name in ((args.checkpoint, "pre-trained"), ("none", "random weights")):
         results = []
         for task in ("knn", "linear"):
@@ -896,12 +897,18 @@ def demo(args, device):
             if stopped:
                 return stopped
             results.append(top1)
-        lines.append(f"{name:15}  {results[0]:5.1f}  {results[1]:6.1f}")
+        table.append((name, *results))
     chance = 100 / len(train.open_data(args, settled.image_size)[0].classes)
     say(f"top-1, %         k-NN  linear    (chance: {chance:.1f})")
-    for line in lines:
-        say(line)
-    say("next: your own, python finetune.py --checkpoint runs/LOSS/checkpoint.pt --data PATH")
+    for name, knn, linear in table:
+        say(f"{name:15}  {knn:5.1f}  {linear:6.1f}")
+    say(
+        f"A linear classifier on the encoder's features names the object in {table[0][2]:.0f} % of "
+        f"the held-out pictures; with random weights in the encoder, in {table[1][2]:.0f} %. The "
+        "difference is what it has learnt without labels.\n"
+        f"What it can paint: {Path(args.checkpoint).parent}/pictures/. Next: your own, python "
+        "finetune.py --checkpoint runs/LOSS/checkpoint.pt --data PATH"
+    )
     return 0
 
 

@@ -33,8 +33,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # PAPER: supplement, Table 1 (base, large). PAPER SILENT: `small` is ViT-S with the same decoder;
-# `tiny` is for CPUs and tests.
+# `tiny` and `nano` are for CPUs and tests.
 MAE_SIZES = {
+    "nano": dict(width=128, depth=4, heads=4, decoder_width=64, decoder_depth=3, decoder_heads=4),
     "tiny": dict(width=192, depth=6, heads=3, decoder_width=128, decoder_depth=4, decoder_heads=4),
     "small": dict(
         width=384, depth=12, heads=6, decoder_width=512, decoder_depth=8, decoder_heads=16
@@ -49,6 +50,7 @@ MAE_SIZES = {
 # PAPER SILENT: D's channels at the finest scale and their cap. 64/512 is StyleGAN2's width at
 # this resolution; smaller models get a D they can keep up with. (--d-channels, --d-max)
 DISCRIMINATOR_WIDTHS = {
+    "nano": (16, 64),
     "tiny": (16, 128),
     "small": (32, 256),
     "base": (64, 512),

@@ -1627,6 +1627,18 @@ def test_shapes_are_balanced_deterministic_and_alike_at_every_size():
     assert not np.array_equal(np.asarray(small[0][0]), np.asarray(data.Shapes("train", 32)[0][0]))
 
 
+def test_large_shapes_are_one_nearly_upright_object_each_and_drawn_once():
+    large = data.open_sources("shapes-large", image_size=32, seed=0)[1]
+    for i in range(20):
+        (drawn,) = large.scene(i)
+        assert drawn.kind == large.targets[i] and abs(drawn.angle) <= 0.5
+        assert math.pi * 0.26**2 <= drawn.area <= math.pi * 0.36**2
+    first = large[3]
+    assert large[3] is first and first[1] == 3
+    pixels = np.asarray(data.LargeShapes("val", 32)[3][0])
+    assert np.array_equal(pixels, np.asarray(first[0]))  # a function of seed, split and index
+
+
 def test_shape_outlines_cover_the_area_they_state():
     # An object in the middle, large enough: its antialiased mask sums to its area.
     for kind in range(10):
