@@ -2033,6 +2033,18 @@ def test_a_run_within_an_epoch_keeps_its_batch_and_steps_count_from_the_start():
         assert kept["opt_g"]["param_groups"][0]["weight_decay"] == 0.05  # what the flags said last
 
 
+def test_a_save_that_falls_on_an_epochs_last_step_is_made_after_its_measurements():
+    saved = []
+
+    def record(path, run, progress, args):
+        saved.append((progress["step"], progress["epoch"]))
+
+    with scratch() as root, mock.patch.object(train, "save_checkpoint", record):
+        flags = [*FAST, "--limit-images", 16, "--epochs", 3, "--out", root, "--save-steps", 4]
+        assert command(*flags, "--save-every", 3)[0] == 0  # 4 steps per epoch
+    assert saved == [(4, 2), (8, 3), (12, 4)]  # `progress` stands at the next epoch by then
+
+
 def test_more_processes_than_validation_images_and_unreadable_ones():
     with scratch() as folder:
         write_folder(folder, count=20)
