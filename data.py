@@ -329,7 +329,7 @@ def _dress(rng, x, y, r, kind, lightness, light, turn):
     background's lightness."""
     angle, texture_angle, hue = rng.uniform(0, 2 * math.pi, 3).tolist()
     angle = angle * (turn / math.pi) - turn % math.pi  # a whole turn, or from -turn to turn
-    away = 1 if lightness < 0.62 else -1
+    away = 1 if lightness < 0.64 else -1
     first = lightness + away * rng.uniform(0.24, 0.36)
     second = min(max(first + away * rng.uniform(-0.05, 0.2), 0.15), 0.97)
     colours = (
