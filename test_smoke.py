@@ -2637,6 +2637,45 @@ def test_knn_votes_equal_a_slow_loop():
     assert [int(wrong[k]) for k in ("top1", "top5")] == [0, 0]
 
 
+def test_logistic_regression_ends_where_its_gradient_is_zero():
+    torch.manual_seed(0)
+    x, labels = torch.randn(40, 3), torch.arange(40) % 3
+    x[:, 0] += labels
+    head = finetune.fit_logistic(x, labels, classes=3, penalty=0.1)
+    weight, bias = head.weight.detach().double(), head.bias.detach().double()
+    to_weight, to_bias = 0.1 * weight, torch.zeros(3).double()  # the gradient, image by image
+    for features, label in zip(x.double(), labels, strict=True):
+        odds = [math.exp(float(weight[c] @ features + bias[c])) for c in range(3)]
+        for c in range(3):
+            error = (odds[c] / sum(odds) - (c == int(label))) / 40
+            to_weight[c] += error * features
+            to_bias[c] += error
+    assert to_weight.abs().max() < 1e-4 and to_bias.abs().max() < 1e-4
+    assert weight.abs().max() > 0.1
+
+
+def test_logistic_regression_takes_the_penalty_that_suits_held_out_images():
+    torch.manual_seed(0)
+    labels = torch.arange(1000) % 2
+    x = torch.randn(1000, 500)  # one coordinate tells something, 499 are noise to be held down
+    x[:, 0] += 2 * labels
+    queries, truth = torch.randn(2000, 500), torch.arange(2000) % 2
+    queries[:, 0] += 2 * truth
+    used = []
+
+    def spy(*given, penalty, **options):
+        used.append(penalty)
+        return fit(*given, penalty=penalty, **options)
+
+    fit = finetune.fit_logistic
+    with mock.patch.object(finetune, "fit_logistic", spy):
+        scores = finetune.logistic_scores(queries, x, labels, classes=2, seed=0)
+    assert used[:-1] == finetune.PENALTIES and used[-1] >= 1e-2, used
+    chosen = (scores.argmax(dim=1) == truth).float().mean()
+    loose = fit(x, labels, classes=2, penalty=finetune.PENALTIES[0])
+    assert chosen > (loose(queries).argmax(dim=1) == truth).float().mean()
+
+
 def test_every_kind_of_autoencoder_and_published_files_load_as_they_were():
     images = tiny_batch()[0]
     with scratch() as folder:
@@ -2719,7 +2758,7 @@ def test_unreadable_validation_images_are_left_out_and_named():
         write_folder(root / "val", count=6)
         (root / "val" / "b" / "3.png").write_text("not an image")
         flags = [*RANDOM, "--data", root, "--workers", 0, "--batch-size", 4, "--epochs", 2]
-        for task in ("linear", "knn"):
+        for task in ("linear", "knn", "logistic"):
             out = root / task
             status, errors = tune(*flags, "--task", task, "--out", out)
             assert status == 0 and errors.count("left out: ") == 1 and "b/3.png" in errors, errors
@@ -2755,12 +2794,15 @@ def test_a_probe_and_fine_tuning_learn_colours():
                     Image.new("RGB", (32, 32), name).save(folder / part / name / f"{i}.png")
         flags = [*RANDOM, "--data", folder, "--workers", 0, "--batch-size", 8, "--epochs", 6]
         flags += ["--mixup", 0, "--cutmix", 0, "--rand-augment", 0, "--lr", 3e-3]
-        for task in ("linear", "finetune", "knn"):
+        for task in CLASSIFY:
             out = folder / task
             assert tune(*flags, "--task", task, "--out", out)[0] == 0
             row = log_of(out)[-1]
             assert row["top1"] == 100, (task, row)
             assert "top5" not in row
+
+
+CLASSIFY = ("linear", "finetune", "knn", "logistic")
 
 
 def test_two_processes_measure_what_one_does():
@@ -2771,7 +2813,7 @@ def test_two_processes_measure_what_one_does():
     with scratch() as root:
         save_autoencoder(root / "g.pt", "--loss", "msg_gan_p")
         torch.save(stand_in(), root / "inception.pth")
-        jobs = {task: [*learn, "--task", task] for task in ("linear", "finetune", "knn")}
+        jobs = {task: [*learn, "--task", task] for task in CLASSIFY}
         jobs["reconstruct"] = [*RECONSTRUCT, "--checkpoint", root / "g.pt", "--val-images", 3]
         jobs["reconstruct"] += ["--inception-weights", root / "inception.pth"]
         two = [[*job, "--out", root / f"{task}2", "--batch-size", 2] for task, job in jobs.items()]
@@ -2786,7 +2828,7 @@ def test_two_processes_measure_what_one_does():
         for name, row in one["results"].items():
             for metric, value in row.items():
                 close(two["results"][name][metric], value, 1e-4 * max(1, abs(value)))
-        for task in ("linear", "finetune", "knn"):
+        for task in CLASSIFY:
             [one], [two] = (log_of(root / f"{task}{n}") for n in "12")
             assert one["val_images"] == two["val_images"] == 9
             assert (one["top1"], one["top5"]) == (two["top1"], two["top5"]), (one, two)
