@@ -285,7 +285,7 @@ def gathered(tensor, dim=0):
 
 @torch.no_grad()
 def extract(run, dataset, args):
-    """Features of this process's part -> (unit vectors (n, C), labels (n,), places in the set)."""
+    """Features of this process's part -> (float32 (n, C), labels (n,), places in the set (n,))."""
     network, found = train.unwrap(run.classifier).eval(), {}
     width = network.head.in_features
     features, targets = [torch.zeros(0, width, device=run.device)], [torch.zeros(0).long()]
@@ -293,7 +293,7 @@ def extract(run, dataset, args):
         found |= dict(bad)
         with run.autocast():
             x = network.features(data.to_float(images.to(run.device, non_blocking=True)))
-        features.append(F.normalize(x.float(), dim=1)[labels >= 0])
+        features.append(x.float()[labels >= 0])
         targets.append(labels)
     note_unread(found, [], dataset)
     features, labels = torch.cat(features), torch.cat(targets)  # labels: -1 where unreadable
@@ -344,11 +344,9 @@ def fit_logistic(x, labels, *, classes, penalty):
 def logistic_scores(queries, x, labels, *, classes, seed):
     """Logits (Q, classes) of features `queries` (Q, C) after a fit to x (n, C) and labels (n,).
 
-    Features are standardised. The penalty is the one of PENALTIES that does best on a tenth of
-    x, held out; then all of x is used. Every process fits the same.
+    The penalty is the one of PENALTIES that does best on a tenth of x, held out; then all of x is
+    used. Every process fits the same.
     """
-    mean, std = x.mean(dim=0), x.std(dim=0) + 1e-6
-    x, queries = (x - mean) / std, (queries - mean) / std
     order = torch.randperm(len(x), generator=data.sample_generator(seed)).to(x.device)
     held, rest = order[: len(x) // 10], order[len(x) // 10 :]
 
@@ -361,11 +359,19 @@ def logistic_scores(queries, x, labels, *, classes, seed):
 
 
 def measure_features(run, train_set, val_set, args):
-    """--task knn or logistic: accuracy over the whole validation set -> row, see `as_row`."""
+    """--task knn or logistic: accuracy over the whole validation set -> row, see `as_row`.
+
+    PAPER SILENT: it has no k-NN. The field's compares features as they are; --standardize first
+    gives every dimension mean 0 and variance 1, lest a few of them decide (as in a linear probe).
+    """
     bank, bank_labels, places = extract(run, train_set, args)
     queries, labels, _ = (gathered(part) for part in extract(run, val_set, args))
     classes = len(args.classes)
+    if args.standardize or args.task == "logistic":
+        standard = model.BatchStandardize(bank.shape[1], momentum=1.0).to(bank.device)
+        bank, queries = standard(bank), standard.eval()(queries)  # over all processes' features
     if args.task == "knn":
+        bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
         scores = knn_scores(
             queries, bank, bank_labels, classes=classes, k=args.k, temperature=args.temperature
         )
@@ -767,12 +773,13 @@ PENALTIES = [10.0**n for n in range(-5, 0)]  # on the weights of logistic regres
 DEMO = dict(
     checkpoints=["runs/demo/checkpoint.pt"],
     data="shapes-large",
-    limit_images=3000,
+    limit_images=5000,
     val_images=1000,
     batch_size=50,
     workers=1,
     out="runs/demo/finetune",
     task="logistic",
+    standardize=True,
 )
 
 
@@ -802,6 +809,7 @@ def build_parser():
         ("--patch-size", train.at_least(2), None, "None = the checkpoint's; 16 for none"),
         ("--k", COUNT, 20, "neighbours that vote; knn"),
         ("--temperature", POSITIVE, 0.07, "of the votes; knn"),
+        ("--standardize", bool, False, "features' dimensions to mean 0, variance 1; knn"),
         (
             "--inception-weights",
             str,
