@@ -1859,6 +1859,17 @@ def test_norm_pix_pictures_put_back_true_statistics():
     close(train.reconstruct(run, images, noise, args)[0], images, 1e-5)
 
 
+def test_pictures_show_the_whole_reconstruction_where_all_of_it_was_trained():
+    images, noise, _ = tiny_batch(2)
+    images = (255 * images).byte()
+    for flags, whole in ((["--loss", "mse"], False), (["--loss", "ms_ssim"], True)):
+        run, args = tiny_run(*flags)
+        with mock.patch.object(data, "save_picture") as save:
+            train.draw_reconstructions("x.png", run, images, noise, args)
+        columns = save.call_args[0][1]
+        assert ("reconstruction" in columns) == whole and "pasted" in columns, list(columns)
+
+
 def test_validation_measures_hidden_pixels_alone():
     run, args = tiny_run()
     images = torch.full((2, 3, 32, 32), 102, dtype=torch.uint8)  # .4
@@ -2863,8 +2874,9 @@ def tune_in_turn(jobs):
 
 def test_every_name_in_the_readmes_map_of_the_paper_exists():
     text = Path(__file__).with_name("README.md").read_text()
-    table, missing, count = text.split("With the paper open")[1].split("\n## ")[0], [], 0
-    for row in table.splitlines():
+    maps = [text.split(title)[1].split("\n\n")[0] for title in ("\nPaper | Here\n", "stands\n")]
+    missing, count = [], 0
+    for row in "\n".join(maps).splitlines():
         module = None  # `file.py` `name`, `Class.method`, ...: names are of the file before them
         for name in re.findall("`([^`]+)`", row.rpartition(" | ")[2]):
             if name.endswith(".py"):

@@ -1055,13 +1055,19 @@ def validate(run, images, mask_noise, args):
 
 
 def draw_reconstructions(path, run, images, mask_noise, args):
-    """Write the epoch's picture: fixed validation images, fixed masks, one row per image."""
+    """Write the epoch's picture: fixed validation images, fixed masks, one row per image.
+
+    The whole reconstruction stands beside its hidden part, pasted, but for `mse`: it trains
+    nothing where patches are visible, and would look broken there.
+    """
     real = data.to_float(images.to(run.device))
     fake, hidden = reconstruct(run, real, mask_noise.to(run.device), args)
     pasted = torch.where(hidden > 0, fake, real)
     note = " (true contrast)" if args.norm_pix_loss else ""  # see `reconstruct`
     columns = {"original": real, "masked": data.grey_out(real, hidden)}
-    data.save_picture(path, columns | {"reconstruction" + note: fake, "pasted" + note: pasted})
+    if LOSSES[args.loss]["pixel"] != "mse":
+        columns["reconstruction"] = fake
+    data.save_picture(path, columns | {"pasted" + note: pasted})
 
 
 # ---- Benchmark -----------------------------------------------------------------------------------
