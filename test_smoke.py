@@ -300,6 +300,79 @@ def test_psnr_and_ssim_metrics_equal_closed_forms_and_a_slow_loop():
     close(losses.ssim(u4, v4), slow_ssim(u, v, window / window.sum()), 1e-5)
 
 
+def ap_of(truth, found, *, crowd=(), area=None, masks=False):
+    """`losses.coco_ap` of one image and class; truth: [box]; found: [(score, box)], xyxy."""
+
+    def pack(boxes):
+        boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+        drawn = torch.zeros(len(boxes), 64, 64, dtype=torch.bool)
+        for mask, (left, top, right, bottom) in zip(drawn, boxes.int().tolist(), strict=True):
+            mask[top:bottom, left:right] = True
+        return {"labels": torch.ones(len(boxes)), "boxes": boxes, "masks": drawn}
+
+    objects = pack(truth) | {"crowd": torch.zeros(len(truth), dtype=torch.bool)}
+    objects["crowd"][list(crowd)] = True
+    objects["area"] = objects["masks"].sum((1, 2)).float() if area is None else torch.tensor(area)
+    detections = pack([box for _, box in found]) | {"scores": torch.tensor([s for s, _ in found])}
+    return losses.coco_ap([losses.match_detections(detections, objects, masks=masks)])
+
+
+A, B = [0, 0, 10, 10], [20, 0, 30, 10]  # two objects
+FAR = [40, 40, 50, 50]  # where there is none
+
+
+def test_average_precision_has_its_hand_values():
+    for truth, found, expected in (
+        ([A], [(0.9, A)], 1.0),
+        ([A], [(0.9, [0, 0, 8, 10])], 0.7),  # IoU .8 passes .5, .55, ..., .8
+        ([A], [(0.9, [0, 0, 6, 10])], 0.3),
+        ([A], [(0.9, [0, 0, 5, 10])], 0.1),
+        ([A], [(0.9, FAR), (0.8, A)], 0.5),  # precision 1/2 at every recall
+        ([A], [(0.9, A), (0.8, A), (0.7, FAR)], 1.0),  # what is wrong below costs nothing
+        ([A, B], [(0.9, A)], 51 / 101),  # recalls 0 to .50
+        ([A, B], [(0.9, A), (0.8, FAR), (0.7, B)], (51 + 50 * 2 / 3) / 101),
+        ([A, B], [(0.9, A), (0.8, A), (0.7, B)], (51 + 50 * 2 / 3) / 101),  # a duplicate is wrong
+        ([A], [], 0.0),
+        ([], [(0.9, FAR)], -1.0),
+    ):
+        close(ap_of(truth, found)["ap"], expected, 1e-12)
+        close(ap_of(truth, found, masks=True)["ap"], expected, 1e-12)  # rectangles
+
+
+def test_average_precision_lets_crowds_and_other_sizes_count_neither_way():
+    assert ap_of([A], [(0.9, A)], crowd=[0])["ap"] == -1
+    crowded = [(0.9, [20, 0, 24, 4]), (0.8, [25, 5, 29, 9]), (0.7, A)]  # two wholly in the crowd
+    for masks in (False, True):
+        assert ap_of([A, B], crowded, crowd=[1], masks=masks)["ap"] == 1
+    large = [0, 0, 50, 50]  # 2500 pixels: medium
+    scores = ap_of([large, B], [(0.9, large), (0.8, FAR)])
+    assert (scores["ap_medium"], scores["ap_small"], scores["ap_large"]) == (1, 0, -1)
+    # Sizes are of the listed area, whatever that of the box.
+    assert ap_of([A], [(0.9, A)], area=[1e4])["ap_large"] == 1
+
+
+def test_average_precision_pools_images_by_score_and_averages_classes():
+    one = {"labels": torch.tensor([1]), "boxes": torch.tensor([A]), "scores": torch.tensor([0.5])}
+    truth = {"labels": torch.tensor([1]), "boxes": torch.tensor([A]), "area": torch.tensor([100.0])}
+    truth["crowd"] = torch.tensor([False])
+    wrong = one | {"boxes": torch.tensor([FAR]), "scores": torch.tensor([0.9])}
+    pair = [losses.match_detections(one, truth), losses.match_detections(wrong, truth)]
+    close(losses.coco_ap(pair)["ap"], 51 / 101 / 2, 1e-12)  # the better score is the wrong one
+    other = {k: v + 1 if k == "labels" else v for k, v in truth.items()}
+    missed = losses.match_detections(wrong, other)  # class 2 was never found
+    close(losses.coco_ap([pair[0], missed])["ap"], (1 / 2 + 0) / 2, 1e-12)
+
+
+def test_segmentation_scores_have_their_hand_values():
+    target, prediction = torch.tensor([0, 0, 1, 1, 2, 255]), torch.tensor([0, 1, 1, 1, 0, 2])
+    matrix = losses.confusion_matrix(prediction, target, 4)  # class 3 is nowhere
+    scores = losses.segmentation_scores(matrix)
+    close(scores["pixel_accuracy"], 0.6, 1e-12)
+    close(scores["miou"], (1 / 3 + 2 / 3 + 0) / 3, 1e-12)
+    close(scores["miou_all"], (1 / 3 + 2 / 3 + 0 + 0) / 4, 1e-12)
+    assert matrix.sum() == 5 and matrix[0, 1] == 1  # truth 0, called 1
+
+
 # ---- Networks ------------------------------------------------------------------------------------
 
 
