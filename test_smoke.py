@@ -300,6 +300,79 @@ def test_psnr_and_ssim_metrics_equal_closed_forms_and_a_slow_loop():
     close(losses.ssim(u4, v4), slow_ssim(u, v, window / window.sum()), 1e-5)
 
 
+def ap_of(truth, found, *, crowd=(), area=None, masks=False):
+    """`losses.coco_ap` of one image and class; truth: [box]; found: [(score, box)], xyxy."""
+
+    def pack(boxes):
+        boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+        drawn = torch.zeros(len(boxes), 64, 64, dtype=torch.bool)
+        for mask, (left, top, right, bottom) in zip(drawn, boxes.int().tolist(), strict=True):
+            mask[top:bottom, left:right] = True
+        return {"labels": torch.ones(len(boxes)), "boxes": boxes, "masks": drawn}
+
+    objects = pack(truth) | {"crowd": torch.zeros(len(truth), dtype=torch.bool)}
+    objects["crowd"][list(crowd)] = True
+    objects["area"] = objects["masks"].sum((1, 2)).float() if area is None else torch.tensor(area)
+    detections = pack([box for _, box in found]) | {"scores": torch.tensor([s for s, _ in found])}
+    return losses.coco_ap([losses.match_detections(detections, objects, masks=masks)])
+
+
+A, B = [0, 0, 10, 10], [20, 0, 30, 10]  # two objects
+FAR = [40, 40, 50, 50]  # where there is none
+
+
+def test_average_precision_has_its_hand_values():
+    for truth, found, expected in (
+        ([A], [(0.9, A)], 1.0),
+        ([A], [(0.9, [0, 0, 8, 10])], 0.7),  # IoU .8 passes .5, .55, ..., .8
+        ([A], [(0.9, [0, 0, 6, 10])], 0.3),
+        ([A], [(0.9, [0, 0, 5, 10])], 0.1),
+        ([A], [(0.9, FAR), (0.8, A)], 0.5),  # precision 1/2 at every recall
+        ([A], [(0.9, A), (0.8, A), (0.7, FAR)], 1.0),  # what is wrong below costs nothing
+        ([A, B], [(0.9, A)], 51 / 101),  # recalls 0 to .50
+        ([A, B], [(0.9, A), (0.8, FAR), (0.7, B)], (51 + 50 * 2 / 3) / 101),
+        ([A, B], [(0.9, A), (0.8, A), (0.7, B)], (51 + 50 * 2 / 3) / 101),  # a duplicate is wrong
+        ([A], [], 0.0),
+        ([], [(0.9, FAR)], -1.0),
+    ):
+        close(ap_of(truth, found)["ap"], expected, 1e-12)
+        close(ap_of(truth, found, masks=True)["ap"], expected, 1e-12)  # rectangles
+
+
+def test_average_precision_lets_crowds_and_other_sizes_count_neither_way():
+    assert ap_of([A], [(0.9, A)], crowd=[0])["ap"] == -1
+    crowded = [(0.9, [20, 0, 24, 4]), (0.8, [25, 5, 29, 9]), (0.7, A)]  # two wholly in the crowd
+    for masks in (False, True):
+        assert ap_of([A, B], crowded, crowd=[1], masks=masks)["ap"] == 1
+    large = [0, 0, 50, 50]  # 2500 pixels: medium
+    scores = ap_of([large, B], [(0.9, large), (0.8, FAR)])
+    assert (scores["ap_medium"], scores["ap_small"], scores["ap_large"]) == (1, 0, -1)
+    # Sizes are of the listed area, whatever that of the box.
+    assert ap_of([A], [(0.9, A)], area=[1e4])["ap_large"] == 1
+
+
+def test_average_precision_pools_images_by_score_and_averages_classes():
+    one = {"labels": torch.tensor([1]), "boxes": torch.tensor([A]), "scores": torch.tensor([0.5])}
+    truth = {"labels": torch.tensor([1]), "boxes": torch.tensor([A]), "area": torch.tensor([100.0])}
+    truth["crowd"] = torch.tensor([False])
+    wrong = one | {"boxes": torch.tensor([FAR]), "scores": torch.tensor([0.9])}
+    pair = [losses.match_detections(one, truth), losses.match_detections(wrong, truth)]
+    close(losses.coco_ap(pair)["ap"], 51 / 101 / 2, 1e-12)  # the better score is the wrong one
+    other = {k: v + 1 if k == "labels" else v for k, v in truth.items()}
+    missed = losses.match_detections(wrong, other)  # class 2 was never found
+    close(losses.coco_ap([pair[0], missed])["ap"], (1 / 2 + 0) / 2, 1e-12)
+
+
+def test_segmentation_scores_have_their_hand_values():
+    target, prediction = torch.tensor([0, 0, 1, 1, 2, 255]), torch.tensor([0, 1, 1, 1, 0, 2])
+    matrix = losses.confusion_matrix(prediction, target, 4)  # class 3 is nowhere
+    scores = losses.segmentation_scores(matrix)
+    close(scores["pixel_accuracy"], 0.6, 1e-12)
+    close(scores["miou"], (1 / 3 + 2 / 3 + 0) / 3, 1e-12)
+    close(scores["miou_all"], (1 / 3 + 2 / 3 + 0 + 0) / 4, 1e-12)
+    assert matrix.sum() == 5 and matrix[0, 1] == 1  # truth 0, called 1
+
+
 # ---- Networks ------------------------------------------------------------------------------------
 
 
@@ -1843,6 +1916,339 @@ def test_curves_pass_through_their_values():
     close(columns[1], 162.0, 2.0)  # the smallest: the bottom
     close(columns[2], 96.0, 2.0)  # half way
     assert blue[:, 600:].sum() == 0 and blue[:, 352:582].any()
+
+
+# ---- Objects and class maps ----------------------------------------------------------------------
+
+
+def slow_polygon(polygon, height, width):
+    """COCO's rule in plain Python, one step of the outline at a time."""
+    corners = [int(5 * value + 0.5) for value in polygon]
+    corners = list(zip(corners[::2], corners[1::2], strict=True))
+    points = []
+    for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
+        wide, steps = abs(x1 - x0) >= abs(y1 - y0), max(abs(x1 - x0), abs(y1 - y0))
+        back = x0 > x1 if wide else y0 > y1
+        (ax, ay), (bx, by) = ((x1, y1), (x0, y0)) if back else ((x0, y0), (x1, y1))
+        for n in range(steps + 1):
+            n = steps - n if back else n
+            if wide:
+                slope = (by - ay) / steps if steps else 0
+                points.append((ax + n, int(ay + slope * n + 0.5)))
+            else:
+                points.append((int(ax + (bx - ax) / steps * n + 0.5), ay + n))
+    mask = np.zeros((height, width), bool)
+    for (u0, v0), (u1, v1) in itertools.pairwise(points):
+        column, row = (min(u0, u1) + 0.5) / 5 - 0.5, math.ceil((min(v0, v1) + 0.5) / 5 - 0.5)
+        if u0 != u1 and column == int(column) and 0 <= column < width:
+            # All that follows changes sides, in later columns, too: outlines close and undo it.
+            flat = mask.T.reshape(-1).copy()
+            flat[int(column) * height + min(max(row, 0), height) :] ^= True
+            mask = flat.reshape(width, height).T
+    return mask
+
+
+def test_polygons_cover_the_pixels_that_coco_gives_them():
+    box = data.polygons_to_mask([[2, 2, 6, 2, 6, 5, 2, 5]], 8, 9)
+    expected = np.zeros((8, 9), bool)
+    expected[2:5, 2:6] = True  # 12 pixels, where PIL fills 20
+    assert (box == expected).all()
+    assert data.polygons_to_mask([[2.5, 2.5, 6.5, 2.5, 6.5, 5.5, 2.5, 5.5]], 8, 9).sum() == 12
+    both = data.polygons_to_mask([[0, 0, 3, 0, 3, 3, 0, 3], [2, 2, 6, 2, 6, 5, 2, 5]], 8, 9)
+    assert both.sum() == 9 + 12 - 1  # parts unite where they meet
+    rng = np.random.default_rng(0)
+    for _ in range(40):  # partly outside of the image
+        polygon = rng.uniform(-4, 16, 2 * rng.integers(3, 8)).round(2).tolist()
+        assert (data.polygons_to_mask([polygon], 11, 13) == slow_polygon(polygon, 11, 13)).all()
+
+
+def test_run_lengths_are_compressed_as_coco_does_and_come_back():
+    mask = np.array([[0, 1, 1], [0, 1, 0]], bool)  # by columns: 0 0, 1 1, 1 0
+    assert data.mask_to_rle(mask) == {"size": [2, 3], "counts": "231"}
+    # Runs 0, 4, 2, 1: the fourth is 1 - 4 = -3, 29 in five bits; 29 + 48 is M.
+    assert data.mask_to_rle(np.array([[1, 1, 1, 1, 0, 0, 1]], bool))["counts"] == "042M"
+    assert data.mask_to_rle(np.zeros((40, 1), bool))["counts"] == "X1"  # 40 = 8 + 32 * 1
+    rng = np.random.default_rng(0)
+    for share in (0, 0.003, 0.1, 0.5, 1):
+        mask = rng.random((31, 47)) < share
+        packed = data.mask_to_rle(mask)
+        assert (data.rle_to_mask(packed["counts"], 31, 47) == mask).all()
+        runs = [0] * int(mask[0, 0]) + [len(list(g)) for _, g in itertools.groupby(mask.T.ravel())]
+        assert (data.rle_to_mask(runs, 31, 47) == mask).all()
+        message = refusal(data.rle_to_mask, packed["counts"], 31, 46)
+        assert "1457 pixels, not 31 x 46" in message
+
+
+def refusal(function, *args, **options):
+    """The message of the ValueError that a call must raise; it must have one line."""
+    try:
+        function(*args, **options)
+    except ValueError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    raise AssertionError("no ValueError")
+
+
+def coco_content():
+    """A tiny instances file: image 9 has a square and a crowd, image 4 nothing."""
+    square = {"id": 0, "image_id": 9, "category_id": 7, "bbox": [1, 2, 3, 4], "area": 11.5}
+    square |= {"iscrowd": 0, "segmentation": [[1, 2, 4, 2, 4, 6, 1, 6]]}
+    crowd = {"id": 1, "image_id": 9, "category_id": 90, "bbox": [0, 0, 1, 8], "area": 8}
+    crowd |= {"iscrowd": 1, "segmentation": {"size": [8, 12], "counts": [0, 8, 88]}}
+    return {
+        "images": [
+            {"id": number, "file_name": f"{number}.jpg", "width": 12, "height": 8}
+            for number in (9, 4)
+        ],
+        "categories": [{"id": 90, "name": "kite"}, {"id": 7, "name": "train"}],
+        "annotations": [square, crowd],
+    }
+
+
+def write_coco(root, content=None):
+    """Both splits of a data set in COCO's layout."""
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val"):
+        (root / f"{split}2017").mkdir(exist_ok=True)
+        for number in (9, 4):
+            Image.new("RGB", (12, 8), (number, 0, 0)).save(root / f"{split}2017" / f"{number}.jpg")
+        text = content if isinstance(content, str) else json.dumps(content or coco_content())
+        (root / "annotations" / f"instances_{split}2017.json").write_text(text)
+
+
+def write_ade(root, size=(12, 8), top=3):
+    """Both splits of a data set in ADE20K's layout, of three named classes."""
+    for split in ("training", "validation"):
+        for kind, suffix in (("images", "jpg"), ("annotations", "png")):
+            folder = root / kind / split
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in range(3):
+                picture = Image.new("RGB", (12, 8), (90, 90, 90))
+                if kind == "annotations":
+                    picture = Image.new("L", size, 0)
+                    picture.putpixel((1, 0), top)
+                picture.save(folder / f"{number}.{suffix}")
+    (root / "objectInfo.txt").write_text("Idx\tRatio\tName\n1\t.5\twall\n2\t.3\tsky\n3\t.2\ttree\n")
+
+
+def test_coco_scenes_read_what_the_files_say():
+    with scratch() as root:
+        write_coco(root)
+        scenes = data.CocoScenes(root, "train")
+        image, target = scenes[1]
+        empty = scenes[0][1]
+    assert (scenes.image_ids, scenes.category_ids, scenes.classes) == (
+        [4, 9],
+        [7, 90],
+        ["train", "kite"],
+    )
+    assert image.size == (12, 8) and target["labels"].tolist() == [1, 2]
+    assert target["boxes"].tolist() == [[1, 2, 4, 6], [0, 0, 1, 8]]
+    assert target["crowd"].tolist() == [False, True] and target["area"].tolist() == [11.5, 8]
+    expected = torch.zeros(2, 8, 12, dtype=torch.bool)
+    expected[0, 2:6, 1:4] = expected[1, :, 0] = True
+    assert torch.equal(target["masks"], expected)
+    assert empty["boxes"].shape == (0, 4) and empty["masks"].shape == (0, 8, 12)
+
+
+def test_coco_scenes_refuse_what_does_not_fit_in_one_line():
+    def changed(key, **values):
+        content = coco_content()
+        content[key][-1] |= values
+        return content
+
+    torn = json.dumps(coco_content())[:-30]
+    mask = {"size": [8, 11], "counts": [88]}
+    for content, words in (
+        (torn, "torn or not COCO's"),
+        ("[]", "torn or not COCO's"),
+        ('{"images": []}', "torn or not COCO's"),
+        (changed("annotations", image_id=5), "annotation 1 is of image 5, which is not listed"),
+        (changed("annotations", category_id=8), "annotation 1 is of category 8"),
+        (changed("annotations", segmentation=mask), "mask of [8, 11], its image [8, 12]"),
+        (changed("images", file_name="none.jpg"), "not there, such as"),
+    ):
+        with scratch() as root:
+            write_coco(root, content)
+            message = refusal(data.open_scenes, str(root), "detect", image_size=8)
+            assert words in message and str(root / "annotations") in message, message
+    with scratch() as root:
+        write_coco(root)
+        Image.new("RGB", (12, 9)).save(root / "val2017" / "4.jpg")
+        message = refusal(data.open_scenes, str(root), "detect", image_size=8)
+        assert "4.jpg has (12, 9) pixels" in message
+        assert "is ADE20K's layout" not in refusal(data.CocoScenes, root / "train2017", "val")
+
+
+def test_ade_scenes_read_their_files_and_refuse_what_does_not_fit():
+    with scratch() as root:
+        write_ade(root)
+        scenes = data.AdeScenes(root, "validation")
+        image, target = scenes[2]
+        assert scenes.classes == ["wall", "sky", "tree"] and image.size == (12, 8)
+        assert target.shape == (8, 12) and target.dtype == torch.uint8
+        assert target[0, 1] == 2 and (target == 255).sum() == 95  # 3 is class 2, 0 is ignored
+        for changes, words in (
+            ({"top": 4}, "0.png has label 4, beyond the 3 classes"),
+            ({"size": (8, 12)}, "0.png has (8, 12) pixels (width, height), its image (12, 8)"),
+        ):
+            write_ade(root, **changes)
+            assert words in refusal(data.open_scenes, str(root), "segment", image_size=8)
+        (root / "annotations" / "training" / "1.png").unlink()
+        assert "1 maps are missing, such as" in refusal(data.AdeScenes, root, "training")
+        (root / "objectInfo.txt").unlink()
+        assert len(data.AdeScenes(root, "validation").classes) == 150
+
+
+def test_each_task_recognises_the_other_tasks_layout():
+    with scratch() as root:
+        write_coco(root / "coco")
+        write_ade(root / "ade")
+        words = refusal(data.open_scenes, str(root / "ade"), "detect", image_size=8)
+        assert "this is ADE20K's layout, of segmentation" in words
+        words = refusal(data.open_scenes, str(root / "coco"), "segment", image_size=8)
+        assert "this is COCO's layout, of detection" in words
+        assert "does not exist" in refusal(data.open_scenes, "none", "detect", image_size=8)
+
+
+def test_shapes_give_the_visible_part_of_each_object():
+    shapes = data.Shapes("val", 32)
+    back, hidden, front = (
+        data.DrawnObject(kind, x, 0.5, radius, 0, "plain", 0, 0.1, 0, ())
+        for kind, x, radius in ((2, 0.4, 0.3), (5, 0.6, 0.05), (0, 0.6, 0.2))
+    )
+    with mock.patch.object(shapes, "scene", lambda index: [back, hidden, front]):
+        target, kinds = shapes.detection(0), shapes.segmentation(0)
+    expected = torch.zeros(32, 32, dtype=torch.uint8)
+    for row, column in itertools.product(range(32), repeat=2):
+        x, y = (column + 0.5) / 32, (row + 0.5) / 32
+        if max(abs(x - 0.4), abs(y - 0.5)) <= 0.3 * 0.7071:  # the square of class 2
+            expected[row, column] = 3
+        if math.hypot(x - 0.6, y - 0.5) <= 0.2:  # the disc before it, and before the cross
+            expected[row, column] = 1
+    assert torch.equal(kinds, expected)
+    assert target["labels"].tolist() == [3, 1]
+    assert torch.equal(target["masks"], torch.stack([expected == 3, expected == 1]))
+    assert target["area"].tolist() == [(expected == 3).sum(), (expected == 1).sum()]
+    # The disc: 12.8 to 25.6 by 9.6 to 22.4 px, so the centres 13.5 to 25.5 by 10.5 to 21.5.
+    assert target["boxes"][1].tolist() == [13, 10, 26, 22]
+
+
+def dense_set(task, count=6, **options):
+    """A `DenseSet` of shapes 48 px wide, at 32 px."""
+    scenes = data.ShapeScenes(data.Shapes("train", 48), task)
+    return data.DenseSet(scenes, range(count), image_size=32, seed=3, task=task, **options)
+
+
+def test_dense_samples_depend_on_seed_epoch_and_index_alone():
+    for task in ("detect", "segment"):
+        dataset = dense_set(task)
+        torch.manual_seed(1)
+        before = torch.get_rng_state()
+        first = [dataset[(1, index)] for index in range(6)]
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(2)
+        for index in (4, 0, 2):  # in any order
+            assert_close(dense_set(task)[(1, index)], first[index], rtol=0, atol=0)
+        assert not torch.equal(dataset[(2, 0)][0], first[0][0])
+        images, targets, _, bad = data.collate(first)
+        assert images.shape == (6, 3, 32, 32) and images.dtype == torch.uint8 and not bad
+        shape = targets.shape if task == "segment" else len(targets)
+        assert shape == ((6, 32, 32) if task == "segment" else 6)
+
+
+def test_maps_stay_on_their_image_in_random_views():
+    rows, columns = torch.arange(60)[:, None], torch.arange(90)
+    truth = ((rows // 15 + columns // 15) % 2).byte()  # a chessboard, its colours its classes
+    image = (truth * 255).expand(3, -1, -1).contiguous()
+    views = set()
+    for ratio in (0.35, 0.5, 0.8, 1.3, 2.6):
+        for seed in range(8):
+            torch.manual_seed(seed)
+            view, maps = data.random_view(image, truth[None], size=64, ratio=ratio, fill=255)
+            inside = maps[0] != 255
+            white, clear = view[0] > 127, (view[0] - 127.5).abs() > 10  # no tie of two fields
+            assert (white == (maps[0] == 1))[inside & clear].all(), ratio
+            assert (view[:, ~inside].T == torch.tensor(data.MEAN_COLOUR)).all()
+            height, width = inside.any(1).sum().item(), inside.any(0).sum().item()
+            assert inside[:height, :width].all()  # the rest is at the right and the bottom
+            expected = [min(64, round(60 * ratio)), min(64, round(90 * ratio))]
+            assert [height, width] == expected
+            views.add(maps.numpy().tobytes())
+    assert len(views) > 20  # of 40: mirrored only, where nothing is cut off
+
+
+def test_boxes_end_where_the_last_pixel_of_their_mask_ends():
+    masks = torch.zeros(3, 6, 8, dtype=torch.bool)
+    masks[0, 2, 3] = True
+    masks[1, 1:4, 2:7] = True
+    masks[2, 0, 0] = masks[2, 5, 7] = True
+    assert data.mask_boxes(masks).tolist() == [[3, 2, 4, 3], [2, 1, 7, 4], [0, 0, 8, 6]]
+    target = data.objects_in(torch.stack([masks[0] * 0, masks[1]]), torch.tensor([4, 5]))
+    assert target["labels"].tolist() == [5] and target["boxes"].tolist() == [[2, 1, 7, 4]]
+
+
+def test_training_leaves_out_crowds_and_evaluation_keeps_them():
+    with scratch() as root:
+        write_coco(root)
+        scenes = data.CocoScenes(root, "train")
+        common = dict(image_size=16, seed=0, task="detect")
+        trained = data.DenseSet(scenes, [0, 1], scales=(1.0, 1.0), **common)
+        measured = data.DenseSet(scenes, [1], augment=False, **common)
+        _, target, _, _ = trained[(1, 1)]
+        assert target["labels"].tolist() == [1] and target["masks"].shape == (1, 16, 16)
+        nothing = trained[(1, 0)][1]
+        assert nothing["boxes"].shape == (0, 4) and nothing["masks"].shape == (0, 16, 16)
+        image, target, _, _ = measured[(0, 0)]
+    assert target["crowd"].tolist() == [False, True] and target["index"] == 1
+    assert target["letterbox"] == data.Letterbox(8, 12, 11, 16)  # 8 * 16 / 12 = 10.7
+    assert (image[:, 11:].permute(1, 2, 0) == torch.tensor(data.MEAN_COLOUR)).all()
+
+
+def test_an_unreadable_scene_is_replaced_in_training_and_not_measured():
+    for task, write, Scenes, splits, name in (
+        ("detect", write_coco, data.CocoScenes, ("train", "val"), "train2017/4.jpg"),
+        ("segment", write_ade, data.AdeScenes, ("training",), "annotations/training/0.png"),
+    ):
+        with scratch() as root:
+            write(root)
+            scenes = Scenes(root, splits[0])
+            (root / name).write_bytes(b"torn")
+            common = dict(image_size=16, seed=0, task=task)
+            trained = data.DenseSet(scenes, [0, 1], **common)
+            (image, target, _, bad), other = trained[(1, 0)], trained[(1, 1)]
+            assert [index for index, _ in bad] == [0] and not other[3]
+            assert target is not None and image.shape == (3, 16, 16)
+            measured = data.DenseSet(scenes, [0, 1], augment=False, **common)
+            assert measured[(0, 0)][1] is None and measured[(0, 1)][1]["index"] == 1
+            alone = data.DenseSet(scenes, [0], **common)[(1, 0)]  # the run is about to end
+            assert len(alone[3]) == 1 and not alone[0].any()
+            data.collate([alone, other])
+
+
+def test_boxes_come_back_from_a_letterbox_and_stay_in_the_image():
+    generator = torch.Generator().manual_seed(0)
+    for height, width, size in ((427, 640, 224), (31, 1000, 64), (640, 426, 512), (50, 50, 64)):
+        image = torch.zeros(3, height, width, dtype=torch.uint8)
+        image[:, 0, 0] = 255
+        square, place = data.letterbox(image, size)
+        assert square.shape == (3, size, size)
+        corners = torch.rand(20, 2, 2, generator=generator) * torch.tensor([width, height])
+        boxes = torch.cat([corners.amin(dim=1), corners.amax(dim=1)], dim=1)
+        inside = boxes.clone()
+        inside[:, ::2] *= place.columns / width
+        inside[:, 1::2] *= place.rows / height
+        close(data.boxes_to_image(inside, place), boxes, 1e-3)
+        beyond = data.boxes_to_image(torch.tensor([[-5.0, -5.0, size + 5.0, size + 5.0]]), place)
+        close(beyond, [[0, 0, width, height]], 1e-3)
+        assert data.maps_to_image(torch.rand(2, size, size), place).shape == (2, height, width)
+
+
+def test_maps_come_back_from_a_letterbox_where_they_were():
+    place = data.Letterbox(20, 40, 8, 16)  # of a 16 px square
+    x = (torch.arange(16) + 0.5) * 40 / 16  # of each column's centre, in the image's pixels
+    back = data.maps_to_image(x.expand(1, 16, 16), place)[0]
+    close(back[:, 2:-2], (torch.arange(40) + 0.5).expand(20, 40)[:, 2:-2], 1e-4)
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
