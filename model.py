@@ -1087,7 +1087,7 @@ def group_norm(channels):
 
 
 class FeaturePyramid(nn.Module):
-    """Four levels of a ViT -> maps of 1/4, 1/2, 1 and 2 patches a cell: strides 4 to 32 at 16 px.
+    """A ViT's levels as maps of 1/4, 1/2, 1 and 2 patches a cell: strides 4 to 32 at 16 px patches.
 
     PAPER: supplement A.2. A ViT has one scale; levels [0, 4, 8, 12] of its 12 blocks are resampled
     to the four of a convolutional network, "bilinear interpolation is used with a scale factor of
@@ -1099,55 +1099,40 @@ class FeaturePyramid(nn.Module):
 
     def __init__(self, encoder, width):
         super().__init__()
-        C, p, self.side = encoder.cls_token.shape[-1], encoder.patch_size, encoder.side
-        if p < 4 or self.side % 2:
+        C, p, side = encoder.cls_token.shape[-1], encoder.patch_size, encoder.side
+        if p < 4 or side % 2:
             raise ValueError(
-                f"{p * self.side} px images of {p} px patches give no maps of 1/4 to 2 patches a "
-                f"cell; use patches of 4 px or more, and images of a multiple of {2 * p} px"
+                f"{p * side} px images of {p} px patches give no maps of 1/4 to 2 patches a cell; "
+                f"use patches of 4 px or more, and images of a multiple of {2 * p} px"
             )
-        depth = len(encoder.blocks)
-        self.levels = [round(i * depth / 3) for i in range(3)]  # and the last
+        self.encoder, self.image_size = encoder, p * side
+        self.levels = [round(i * len(encoder.blocks) / 3) for i in range(3)]  # and the last
         self.norms = nn.ModuleList(nn.LayerNorm(C, eps=1e-6) for _ in self.levels)
+        fine = nn.Sequential(*self.up(C, width), *self.up(width, width))
+        coarse = nn.Conv2d(C, width, 3, stride=2, padding=1)
         self.resample = nn.ModuleList(
-            [
-                nn.Sequential(*self.up(C, width), *self.up(width, width)),
-                nn.Sequential(*self.up(C, width)),
-                nn.Identity(),
-                nn.Conv2d(C, width, 3, stride=2, padding=1),
-            ]
+            [fine, nn.Sequential(*self.up(C, width)), nn.Identity(), coarse]
         )
         self.channels = [width, width, C, width]  # of the four maps
 
     @staticmethod
     def up(c_in, c_out):
-        """(B, c_in, h, w) -> (B, c_out, 2 h, 2 w)."""
+        """Layers (B, c_in, h, w) -> (B, c_out, 2 h, 2 w)."""
         grow = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
         return grow, nn.Conv2d(c_in, c_out, 3, padding=1)
 
-    def forward(self, encoder, images):
+    def maps(self, images):
         """Images (B, 3, S, S) in [0, 1] -> four maps (B, C_j, s, s), s = S / (p/4, p/2, p, 2 p)."""
-        S = self.side * encoder.patch_size
-        if images.shape[2:] != (S, S):
+        S, side = self.image_size, self.encoder.side
+        if images.shape[2:] != (S, S):  # 16 patches can also be 2 x 8
             raise ValueError(f"images of {list(images.shape[2:])} for a network of {S} px squares")
-        last, levels = encoder.encode(images, levels=self.levels)  # (B, 1 + N, C) each
+        last, levels = self.encoder.encode(images, levels=self.levels)  # (B, 1 + N, C) each
         tokens = [norm(x) for norm, x in zip(self.norms, levels, strict=True)] + [last]
-        grids = [x[:, 1:].transpose(1, 2).unflatten(2, (self.side, self.side)) for x in tokens]
+        grids = [x[:, 1:].transpose(1, 2).unflatten(2, (side, side)) for x in tokens]
         return [layers(x) for layers, x in zip(self.resample, grids, strict=True)]
 
-
-class DenseNetwork(nn.Module):
-    """What detector and segmenter have in common: an encoder under a pyramid of maps."""
-
-    def __init__(self, encoder, width):
-        super().__init__()
-        self.encoder, self.pyramid = encoder, FeaturePyramid(encoder, width)
-
-    def maps(self, images):
-        """Images (B, 3, S, S) in [0, 1] -> the four maps of `FeaturePyramid`."""
-        return self.pyramid(self.encoder, images)
-
     def layers(self):
-        """Parameters from input to output, [[embedding], [block 1], ..., [norm, heads]]."""
+        """Parameters from input to output, [[embedding], [block 1], ..., [norm, maps, heads]]."""
         embedding = [self.encoder.cls_token, *self.encoder.patch_embed.parameters()]
         top = [p for name, p in self.named_parameters() if not name.startswith("encoder.")]
         top += self.encoder.norm.parameters()
@@ -1196,7 +1181,7 @@ def paste_masks(masks, boxes, height, width, threshold=0.5):
     return pasted
 
 
-class Detector(DenseNetwork):
+class Detector(FeaturePyramid):
     """Mask R-CNN (He et al. 2017) over the pyramid of a ViT: boxes, classes and masks of objects.
 
     PAPER: supplement A.2, "the original Mask-RCNN head" over an FPN. FPN, RPN and heads are
@@ -1213,9 +1198,9 @@ class Detector(DenseNetwork):
         from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
         super().__init__(encoder, width)
-        self.classes, p, S = classes, encoder.patch_size, encoder.side * encoder.patch_size
+        self.classes, p, S = classes, encoder.patch_size, self.image_size
         self.fpn = FeaturePyramidNetwork(
-            self.pyramid.channels, width, extra_blocks=LastLevelMaxPool(), norm_layer=group_norm
+            self.channels, width, extra_blocks=LastLevelMaxPool(), norm_layer=group_norm
         )
         # PAPER SILENT: anchors and sampling. One size per map, of FPN's 8 cells (32 to 512 px at
         # patches of 16), fewer where the largest would exceed the image; under 4 px they round
@@ -1259,7 +1244,7 @@ class Detector(DenseNetwork):
         """
         sizes = [tuple(images.shape[2:])] * len(images)
         if self.training:
-            self.check(targets, sizes[0])
+            self.check(targets)
         maps = self.fpn({str(i): x for i, x in enumerate(self.maps(images))})
         # float32 whatever the autocast: torchvision gives anchors and boxes the type of the maps,
         # and bf16 has steps of 4 px near 1000.
@@ -1301,20 +1286,18 @@ class Detector(DenseNetwork):
         mask = mask / max(1, wanted.numel())
         return {"loss_classifier": classifier, "loss_box_reg": box_reg, "loss_mask": mask}
 
-    def check(self, targets, size):
-        """ValueError for targets that torchvision would take for something else."""
+    def check(self, targets):
+        """ValueError for targets that would be taken, silently, for something else."""
+        S = self.image_size
         for target in targets:
             boxes, labels, masks = (target[name] for name in ("boxes", "labels", "masks"))
-            if boxes.dtype != torch.float32 or labels.dtype != torch.int64:
-                raise ValueError(f"boxes are {boxes.dtype}, not float32, or labels {labels.dtype}")
-            if masks.shape != (len(boxes), *size):
-                raise ValueError(f"masks {list(masks.shape)}: {len(boxes)} boxes in {size} px")
-            empty = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
-            unknown = (labels < 1) | (labels > self.classes)  # 0 would be background
-            if (empty | unknown).any():
+            wrong = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
+            wrong |= (labels < 1) | (labels > self.classes)  # 0 would be background
+            if wrong.any() or masks.shape != (len(boxes), S, S):
                 raise ValueError(
-                    f"boxes without area: {boxes[empty].tolist()}; labels that are not in 1 to "
-                    f"{self.classes}: {labels[unknown].tolist()}"
+                    f"boxes without area, or labels that are not in 1 to {self.classes}: "
+                    f"{boxes[wrong].tolist()}, {labels[wrong].tolist()}; or masks that are not "
+                    f"{[len(boxes), S, S]}: {list(masks.shape)}"
                 )
 
 
@@ -1332,7 +1315,7 @@ def resize(x, side):
     return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
 
 
-class Segmenter(DenseNetwork):
+class Segmenter(FeaturePyramid):
     """UperNet (Xiao et al. 2018) over the pyramid of a ViT: a class for every pixel.
 
     PAPER: supplement A.2. PAPER SILENT: all else; the head is that of mmsegmentation's ViTs, where
@@ -1346,7 +1329,7 @@ class Segmenter(DenseNetwork):
 
     def __init__(self, encoder, classes, width=512):
         super().__init__(encoder, width)
-        *channels, last = self.pyramid.channels
+        *channels, last = self.channels
         self.pooled = nn.ModuleList(conv_norm(last, width, 1) for _ in self.BINS)
         self.context = conv_norm(last + len(self.BINS) * width, width, 3)
         self.laterals = nn.ModuleList(conv_norm(c, width, 1) for c in channels)
