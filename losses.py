@@ -318,6 +318,27 @@ def path_length_penalty(lengths, mean):
     return (lengths / mean - 1).square().mean()
 
 
+# ---- Segmentation (Table 3) ----------------------------------------------------------------------
+
+IGNORED = 255  # label of pixels that count nowhere
+
+
+def segmentation_loss(logits, target, aux_logits=None, aux_weight=0.4):
+    """Mean cross-entropy of the labelled pixels, plus `aux_weight` times that of the second head.
+
+    logits, aux_logits: (B, classes, H, W). target: (B, H, W), integers; 255 = ignored. Returns:
+    scalar, 0 with a gradient of 0 where all pixels are ignored (F.cross_entropy: NaN).
+    PAPER SILENT: the loss and the weight; both are mmsegmentation's, which divides by all pixels.
+    """
+    target = target.long()
+    labelled = (target != IGNORED).sum().clamp(min=1)
+
+    def mean(x):
+        return F.cross_entropy(x.float(), target, ignore_index=IGNORED, reduction="sum") / labelled
+
+    return mean(logits) + (0 if aux_logits is None else aux_weight * mean(aux_logits))
+
+
 # ---- Image metrics -------------------------------------------------------------------------------
 
 

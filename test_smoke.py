@@ -3251,6 +3251,235 @@ def tune_in_turn(jobs):
     torch.distributed.destroy_process_group()
 
 
+# ---- Dense tasks ---------------------------------------------------------------------------------
+
+
+def tiny_detector(classes=80, image_size=32, patch_size=8):
+    torch.manual_seed(0)
+    sizes = dict(image_size=image_size, patch_size=patch_size, width=16)
+    return model.build_detector("nano", classes, **sizes)
+
+
+def tiny_segmenter(classes=150):
+    torch.manual_seed(0)
+    return model.build_segmenter("nano", classes, image_size=32, patch_size=8, width=16)
+
+
+def rectangles(*boxes, size=32, label=1):
+    """Targets of one image: each box (x0, y0, x1, y1), integers, is an object that fills it."""
+    masks = torch.zeros(len(boxes), size, size, dtype=torch.uint8)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
+        mask[y0:y1, x0:x1] = 1
+    labels = torch.full((len(boxes),), label)
+    return dict(boxes=torch.tensor(boxes).float().view(-1, 4), labels=labels, masks=masks)
+
+
+def test_the_pyramid_has_maps_of_a_quarter_to_two_patches_a_cell():
+    for patch_size in (4, 8, 16):
+        network = tiny_detector(image_size=64, patch_size=patch_size)
+        maps = network.maps(torch.rand(1, 3, 64, 64))
+        expected = [64 // (patch_size * 2**i // 4) for i in range(4)]
+        assert [list(x.shape[2:]) for x in maps] == [[side, side] for side in expected]
+        assert [x.shape[1] for x in maps] == network.channels
+    for size, levels in (("nano", [0, 1, 3]), ("base", [0, 4, 8])):  # PAPER: [0, 4, 8, 12]
+        with torch.device("meta"):
+            encoder = model.build_encoder(size, 32, 16, 0.0)
+            assert model.FeaturePyramid(encoder, 8).levels == levels
+
+
+def test_the_pyramid_equals_matrix_products_on_the_tokens_of_each_block():
+    network, images = tiny_detector(image_size=32, patch_size=8), tiny_batch(1)[0]
+    encoder = network.encoder
+    x = encoder.patch_embed(model.imagenet_normalize(images)) + encoder.pos_embed[:, 1:]
+    x = torch.cat([encoder.cls_token, x], dim=1)
+    levels = [x]
+    for block in encoder.blocks:
+        levels.append(block(levels[-1]))
+
+    def grid(x):  # normalised by hand: the norms start with weight 1 and bias 0
+        x = (x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True, correction=0) + 1e-6).sqrt()
+        return x[0, 1:].T.reshape(-1, 4, 4)
+
+    def up(x):  # new cell 2 i lies a quarter of an old cell before cell i, 2 i + 1 after it
+        side = x.shape[1]
+        rows = torch.zeros(2 * side, side)
+        for i in range(side):
+            rows[2 * i, i] = rows[2 * i + 1, i] = 0.75
+            rows[2 * i, max(0, i - 1)] += 0.25
+            rows[2 * i + 1, min(side - 1, i + 1)] += 0.25
+        return rows @ x @ rows.T
+
+    def conv(x, layer, stride=1):
+        windows = F.pad(x, (1, 1, 1, 1)).unfold(1, 3, stride).unfold(2, 3, stride)
+        weight, bias = layer.weight, layer.bias[:, None, None]
+        return torch.einsum("chwij,ocij->ohw", windows, weight) + bias
+
+    fine, half, _, coarse = network.resample
+    expected = [
+        conv(up(conv(up(grid(levels[0])), fine[1])), fine[3]),
+        conv(up(grid(levels[1])), half[1]),
+        grid(levels[3]),
+        conv(grid(levels[4]), coarse, stride=2),
+    ]
+    for found, wanted in zip(network.maps(images), expected, strict=True):
+        close(found[0], wanted, 1e-4)
+
+
+def test_masks_of_28_px_boxes_are_their_own_targets_and_are_pasted_back_pixel_by_pixel():
+    masks = (torch.rand(3, 40, 50, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    boxes = torch.tensor([[0.0, 0, 28, 28], [3, 5, 31, 33], [22, 12, 50, 40]])
+    targets = model.mask_targets(masks, boxes, torch.tensor([0, 2, 1]))
+    cut = [masks[0, :28, :28], masks[2, 5:33, 3:31], masks[1, 12:, 22:]]
+    assert torch.equal(targets, torch.stack(cut))
+    pasted = model.paste_masks(targets, boxes, 40, 50)
+    for whole, (x0, y0, x1, y1), wanted in zip(pasted, boxes.int().tolist(), cut, strict=True):
+        assert torch.equal(whole[y0:y1, x0:x1].float(), wanted)
+        assert whole.sum() == wanted.sum()
+
+
+def test_a_perfect_mask_pasted_back_has_an_iou_of_9_tenths_from_8_px_on():
+    y, x = torch.meshgrid(torch.arange(100) + 0.5, torch.arange(120) + 0.5, indexing="ij")
+    for size, shift in itertools.product((8, 11, 16, 23, 32, 64), (0.0, 0.3, 0.5)):
+        left, top, width, height = 10 + shift, 7 + 2 * shift, size, 0.8 * size
+        u, v = (x - left) / width, (y - top) / height  # 0 to 1 across the object
+        shapes = {
+            "ellipse": (u - 0.5) ** 2 + (v - 0.5) ** 2 < 0.25,
+            "triangle": (v > 0) & (v < 1) & ((u - 0.5).abs() < v / 2),
+        }
+        for name, mask in shapes.items():
+            rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+            box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            box = torch.tensor([box]).float()
+            target = model.mask_targets(mask[None], box, torch.tensor([0]))
+            pasted = model.paste_masks(target, box, 100, 120)[0]
+            iou = (pasted & mask).sum() / (pasted | mask).sum()
+            assert iou >= 0.9, (name, size, shift, iou)
+
+
+def test_pasted_masks_stay_in_their_boxes_and_in_the_image():
+    boxes = torch.tensor([[-5.0, -5, 5, 5], [6.4, 2, 8.6, 3], [2.6, 2.6, 3.4, 3.4], [30, 0, 40, 9]])
+    pasted = model.paste_masks(torch.ones(4, 28, 28), boxes, 10, 12)
+    assert not pasted[2:].any()  # between two centres; outside
+    assert pasted[0, :5, :5].all() and pasted[0].sum() == 25
+    assert pasted[1].nonzero().tolist() == [[2, 6], [2, 7], [2, 8]]  # centres at 6.5, 7.5 and 8.5
+    assert model.paste_masks(torch.ones(0, 28, 28), torch.ones(0, 4), 10, 12).shape == (0, 10, 12)
+
+
+def test_untrained_detection_losses_are_those_of_guessing_and_reach_every_parameter():
+    network, images = tiny_detector(), tiny_batch(2)[0]
+    some = [rectangles((2, 3, 20, 15), (8, 20, 30, 30), label=80), rectangles()]
+    for targets in (some, [rectangles(), rectangles()]):
+        network.zero_grad()
+        found = network(images, targets)
+        close(found["loss_classifier"].item(), math.log(81), 0.5)
+        close(found["loss_objectness"].item(), math.log(2), 0.05)
+        if targets is some:
+            close(found["loss_mask"].item(), math.log(2), 0.15)
+            weight = network.roi_heads.mask_predictor.mask_fcn_logits.weight
+            [slope] = torch.autograd.grad(found["loss_mask"], weight, retain_graph=True)
+            assert slope.flatten(1).any(dim=1).nonzero().tolist() == [[80]]  # the objects' class
+            assert 0 < found["loss_box_reg"] < 1 and 0 < found["loss_rpn_box_reg"] < 1
+        else:
+            parts = ("loss_mask", "loss_box_reg", "loss_rpn_box_reg")
+            assert all(found[name] == 0 for name in parts), found
+        sum(found.values()).backward()
+        missing = [k for k, p in network.named_parameters() if p.grad is None]
+        assert not missing and all(p.grad.isfinite().all() for p in network.parameters()), missing
+
+
+def test_detections_do_not_depend_on_what_a_network_saw_first():
+    images = torch.rand(2, 3, 32, 32)
+    fresh, used = tiny_detector(3), tiny_detector(3)
+    with torch.no_grad():
+        used.train()(torch.zeros(1, 3, 32, 32), [rectangles((0, 0, 3, 2))])
+        used.eval()(torch.zeros(3, 3, 32, 32))
+        for one, two in zip(fresh.eval()(images), used(images), strict=True):
+            assert all(torch.equal(one[name], two[name]) for name in one)
+            N = len(one["boxes"])
+            assert N > 0 and one["masks"].shape == (N, 28, 28) and one["labels"].min() >= 1
+    pool = used.roi_heads.box_roi_pool
+    assert pool.scales == [1 / 2, 1 / 4, 1 / 8, 1 / 16]  # patches of 8
+    boxes = torch.tensor([[0, 0, side, side] for side in (10.0, 55, 57, 111, 113, 225)])
+    assert pool.map_levels([boxes]).tolist() == [0, 0, 1, 1, 2, 3]  # 14 patches = 112 px: map 2
+
+
+def test_boxes_are_float32_under_autocast():
+    network = tiny_detector(3).eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        [found] = network(tiny_batch(1)[0])
+        assert found["boxes"].dtype == found["scores"].dtype == torch.float32
+        assert (found["boxes"] != found["boxes"].bfloat16().float()).any()
+        logits = tiny_segmenter().eval()(tiny_batch(1)[0])
+    assert logits.dtype == torch.float32 and (logits != logits.bfloat16().float()).any()
+
+
+def test_wrong_targets_and_sizes_of_the_dense_tasks_are_refused():
+    network, images = tiny_detector(), tiny_batch(1)[0]
+    good = rectangles((2, 3, 20, 15))
+    for label in (0, 81):
+        wrong = good | {"labels": torch.tensor([label])}
+        raises_value_error(network, images, [wrong], says=f"[{label}]")
+    wrong = good | {"boxes": torch.tensor([[2.0, 3, 2, 15]])}
+    raises_value_error(network, images, [wrong], says="[[2.0, 3.0, 2.0, 15.0]]")
+    wrong = good | {"masks": torch.zeros(1, 16, 16)}
+    raises_value_error(network, images, [wrong], says="[1, 16, 16]")
+    raises_value_error(
+        tiny_segmenter(), torch.rand(1, 3, 16, 64), says="[16, 64]"
+    )  # also 16 patches
+    for image_size, patch_size in ((40, 8), (32, 2)):
+        build = functools.partial(tiny_detector, 3, image_size, patch_size)
+        raises_value_error(build, says=f"a multiple of {2 * patch_size} px")
+
+
+def test_layers_of_dense_networks_hold_each_parameter_once_and_encoders_load_at_any_size():
+    with torch.random.fork_rng():
+        mae = model.build_mae("nano", image_size=64, patch_size=8)
+    weights = model.encoder_weights(mae.state_dict(), 4, "file")
+    for network in (tiny_detector(), tiny_segmenter()):
+        layers = network.layers()
+        assert len(layers) == 2 + len(network.encoder.blocks)
+        flat = [id(p) for layer in layers for p in layer]
+        assert sorted(flat) == sorted(id(p) for p in network.parameters())
+        assert layers[0][0] is network.encoder.cls_token
+        model.load_whole(network.encoder, weights, "file")
+        assert torch.equal(network.encoder.norm.weight, mae.norm.weight)
+
+
+def test_the_segmenter_labels_pixels_and_its_losses_reach_every_parameter():
+    network, images = tiny_segmenter(), tiny_batch(1)[0]  # a single image, too
+    logits, aux = network(images)
+    assert logits.shape == aux.shape == (1, 150, 32, 32)
+    loss = losses.segmentation_loss(logits, torch.randint(0, 150, (1, 32, 32)), aux)
+    close(loss.item(), 1.4 * math.log(150), 0.4)  # of guessing; the weight .4
+    loss.backward()
+    assert not [k for k, p in network.named_parameters() if p.grad is None]
+    assert network.eval()(images).shape == (1, 150, 32, 32)
+
+
+def test_the_segmentation_loss_equals_a_loop_and_is_0_where_all_is_ignored():
+    generator = torch.Generator().manual_seed(0)
+    logits, aux = torch.randn(2, 2, 5, 3, 4, generator=generator).requires_grad_()
+    target = torch.randint(0, 5, (2, 3, 4), generator=generator, dtype=torch.uint8)
+    target[0, :2, 1:] = 255
+
+    def slow(x):
+        terms = []
+        for b, i, j in itertools.product(range(2), range(3), range(4)):
+            if target[b, i, j] != 255:
+                exp = x[b, :, i, j].exp()
+                terms.append(-(exp[int(target[b, i, j])] / exp.sum()).log().item())
+        return sum(terms) / len(terms)
+
+    close(losses.segmentation_loss(logits, target).item(), slow(logits), 1e-5)
+    both = losses.segmentation_loss(logits.bfloat16(), target, aux)
+    assert both.dtype == torch.float32
+    close(both.item(), slow(logits) + 0.4 * slow(aux), 0.02)
+    ignored = torch.full_like(target, 255)
+    nothing = losses.segmentation_loss(logits, ignored, aux)
+    for gradient in torch.autograd.grad(nothing, (logits, aux)):
+        assert nothing == 0 and not gradient.any()
+
+
 # ---- README --------------------------------------------------------------------------------------
 
 
