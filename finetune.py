@@ -301,6 +301,14 @@ def extract(run, dataset, args):
     return features, labels[labels >= 0].to(run.device), places
 
 
+def whiten(bank, queries):
+    """Both, turned and scaled so that the bank of all processes has mean 0 and covariance 1."""
+    full = gathered(bank).double()
+    values, vectors = torch.linalg.eigh(torch.cov(full.T))
+    scale = (values + 1e-6 * values.max()).rsqrt()  # directions without variance stay finite
+    return [((x - full.mean(dim=0)) @ vectors * scale).float() for x in (bank, queries)]
+
+
 def knn_scores(queries, bank, bank_labels, *, classes, k, temperature):
     """Votes of the k nearest training images, each weighing exp((cosine - the nearest's) /
     temperature); classes without a vote get -inf (Wu et al. 2018).
@@ -361,21 +369,22 @@ def logistic_scores(queries, x, labels, *, classes, seed):
 def measure_features(run, train_set, val_set, args):
     """--task knn or logistic: accuracy over the whole validation set -> row, see `as_row`.
 
-    PAPER SILENT: it has no k-NN. The field's compares features as they are; --standardize first
-    gives every dimension mean 0 and variance 1, lest a few of them decide (as in a linear probe).
+    PAPER SILENT: it has no k-NN. The field's compares features as they are; --whiten first gives
+    every direction the same variance, lest the few that vary most, such as colour, decide.
     """
     bank, bank_labels, places = extract(run, train_set, args)
     queries, labels, _ = (gathered(part) for part in extract(run, val_set, args))
     classes = len(args.classes)
-    if args.standardize or args.task == "logistic":
-        standard = model.BatchStandardize(bank.shape[1], momentum=1.0).to(bank.device)
-        bank, queries = standard(bank), standard.eval()(queries)  # over all processes' features
     if args.task == "knn":
+        if args.whiten:
+            bank, queries = whiten(bank, queries)
         bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
         scores = knn_scores(
             queries, bank, bank_labels, classes=classes, k=args.k, temperature=args.temperature
         )
     else:
+        standard = model.BatchStandardize(bank.shape[1], momentum=1.0).to(bank.device)
+        bank, queries = standard(bank), standard.eval()(queries)  # over all processes' features
         order = gathered(places).argsort().to(bank.device)  # that of one process
         x, x_labels = gathered(bank)[order], gathered(bank_labels)[order]
         scores = logistic_scores(queries, x, x_labels, classes=classes, seed=args.seed)
@@ -779,7 +788,8 @@ DEMO = dict(
     workers=1,
     out="runs/demo/finetune",
     task="logistic",
-    standardize=True,
+    pool="mean",
+    whiten=True,
 )
 
 
@@ -809,7 +819,7 @@ def build_parser():
         ("--patch-size", train.at_least(2), None, "None = the checkpoint's; 16 for none"),
         ("--k", COUNT, 20, "neighbours that vote; knn"),
         ("--temperature", POSITIVE, 0.07, "of the votes; knn"),
-        ("--standardize", bool, False, "features' dimensions to mean 0, variance 1; knn"),
+        ("--whiten", bool, False, "features first, see measure_features; knn"),
         (
             "--inception-weights",
             str,
@@ -942,16 +952,16 @@ def demo(args, device):
     sizes, table = {k: getattr(settled, k) for k in ("model", "image_size", "patch_size")}, []
     for checkpoint, name in ((args.checkpoint, "pre-trained"), ("none", "random weights")):
         results = []
-        for task, pool in (("knn", "cls"), ("logistic", "mean")):
+        for task in ("knn", "logistic"):
             out = f"{args.out}/{task}_{name.split()[0].replace('-', '')}"
-            own = sizes | {"checkpoint": checkpoint, "task": task, "pool": pool, "out": out}
+            own = sizes | {"checkpoint": checkpoint, "task": task, "out": out}
             _, top1 = classify(argparse.Namespace(**vars(args) | own), device)
             results.append(top1)
         table.append((name, *results))
     chance = 100 / len(train.open_data(args, settled.image_size)[0].classes)
-    say(f"top-1, %         k-NN (CLS)  linear (mean token)    (chance: {chance:.1f})")
+    say(f"top-1, %         k-NN  linear    (chance: {chance:.1f})")
     for name, knn, linear in table:
-        say(f"{name:15}  {knn:10.1f}  {linear:19.1f}")
+        say(f"{name:15}  {knn:5.1f}  {linear:6.1f}")
     (_, _, learnt), (_, _, random) = table
     say(
         f"A linear classifier on the encoder's features names the object in {learnt:.0f} % of the "

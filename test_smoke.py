@@ -3043,6 +3043,19 @@ def test_knn_votes_equal_a_slow_loop():
     assert [int(wrong[k]) for k in ("top1", "top5")] == [0, 0]
 
 
+def test_whitened_features_have_unit_covariance_whatever_their_scales():
+    torch.manual_seed(0)
+    mix = torch.randn(3, 3) * torch.tensor([4.0, 1, 0.2])
+    bank, queries = torch.randn(50, 3) @ mix + 5, torch.randn(4, 3) @ mix + 5
+    white, others = finetune.whiten(bank, queries)
+    mean = white.mean(dim=0)
+    close((white - mean).T @ (white - mean) / 49, torch.eye(3), 1e-3)
+    close(mean, torch.zeros(3), 1e-4)
+    # Distances between whitened vectors are Mahalanobis distances of the others.
+    gap, inverse = (queries[0] - queries[1]).double(), torch.linalg.inv(torch.cov(bank.double().T))
+    close((others[0] - others[1]).square().sum(), (gap @ inverse @ gap).float(), 1e-2)
+
+
 def test_logistic_regression_ends_where_its_gradient_is_zero():
     torch.manual_seed(0)
     x, labels = torch.randn(40, 3), torch.arange(40) % 3
