@@ -3045,7 +3045,7 @@ def test_knn_votes_equal_a_slow_loop():
 
 def test_whitened_features_have_unit_covariance_whatever_their_scales():
     torch.manual_seed(0)
-    mix = torch.randn(3, 3) * torch.tensor([4.0, 1, 0.2])
+    mix = torch.tensor([[4.0, 1, 0], [0, 1, 0.5], [0, 0, 0.3]])
     bank, queries = torch.randn(50, 3) @ mix + 5, torch.randn(4, 3) @ mix + 5
     white, others = finetune.whiten(bank, queries)
     mean = white.mean(dim=0)
