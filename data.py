@@ -33,6 +33,7 @@ from torchvision.transforms import v2
 
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet: pads what is smaller than its frame
 IGNORED = 255  # value of a class map where there is nothing to learn or to measure
+VIEW = 384  # pixels, side of the images in pictures with writing on them
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
 EXIF_ORIENTATION = 0x0112  # tag: 1 = upright, 5 to 8 = lying on its side
 HEAT_COLOURS = ((5, 3, 25), (85, 20, 110), (190, 55, 85), (248, 145, 30), (252, 250, 180))
@@ -1166,8 +1167,9 @@ class DenseSet(PretrainSet):
     torchvision wants them, boxes drawn around what is left of the masks, groups (crowd) left out;
     for segmentation the view's class map, (S, S) uint8. Evaluation (augment=False): a dict of all
     that the source gives, in the image's own pixels, under "map" for segmentation, with "letterbox"
-    (see `boxes_to_image`) and "index" (of the source); None in place of an unreadable image's, "do
-    not count", whatever the picture beside it.
+    (see `boxes_to_image`), "index" (of the source), and with slide=True "whole", the image with its
+    shorter side resized to S, (3, h, w); None in place of an unreadable image's, "do not count",
+    whatever the picture beside it.
 
     PAPER SILENT: augmentation, for both tasks. Detection: scale jitter of .1 to 2, crops, flips, as
     in Li et al. 2021 and ViTDet. Segmentation: shorter side S times .5 to 2, crops, flips, colours,
@@ -1184,9 +1186,10 @@ class DenseSet(PretrainSet):
         task,  # "detect" or "segment"
         augment=True,  # False: the whole image, letterboxed
         scales=None,  # (smallest, largest) enlargement, 1 = the image fits (detect) or fills S
+        slide=False,  # evaluation is to slide windows over whole images
     ):
         super().__init__(source, image_size=image_size, num_patches=0, seed=seed, augment=augment)
-        self.indices, self.task = list(indices), task
+        self.indices, self.task, self.slide = list(indices), task, slide
         self.scales = scales or ((0.1, 2.0) if task == "detect" else (0.5, 2.0))
         self.distort = v2.ColorJitter(32 / 255, 0.5, 0.5, 18 / 360)  # MMSegmentation's strengths
 
@@ -1203,8 +1206,10 @@ class DenseSet(PretrainSet):
         image, target = self.source[index]
         image = v2.functional.pil_to_tensor(to_rgb(image))
         if not self.augment:
-            image, place = letterbox(image, size)
             target = target if self.task == "detect" else {"map": target}
+            if self.slide:
+                target |= {"whole": v2.functional.resize(image, [size], antialias=True)}
+            image, place = letterbox(image, size)
             return image, target | {"letterbox": place, "index": index}
         low, high = self.scales
         jitter = low + (high - low) * torch.rand(()).item()
@@ -1285,6 +1290,81 @@ def save_picture(path, columns, gap=6):
             picture = picture.resize((tile, tile), Image.Resampling.NEAREST)
             canvas.paste(picture, (left, title_height + row * (tile + gap)))
     canvas.save(path)
+
+
+def view(image, side=VIEW):
+    """PIL image -> PIL image whose longer side is `side`, small ones enlarged pixel by pixel."""
+    size = [max(1, round(n * side / max(image.size))) for n in image.size]
+    small = max(image.size) < side or image.mode == "L"  # L: of classes, which do not mix
+    return image.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+
+
+def as_square(image):
+    """PIL image from `view` -> float (3, VIEW, VIEW) in [0, 1], white where it has no pixels."""
+    return on_canvas(v2.functional.pil_to_tensor(image), VIEW, (255, 255, 255)) / 255
+
+
+def class_colour(number):
+    """A class's colour in pictures, three bytes; of any few classes, the hues are far apart."""
+    colour = oklch(0.5 + 0.1 * (number % 3), 0.17, 2.4 * number)  # 2.4 rad: the golden angle
+    return np.array([round(255 * c) for c in colour], np.uint8)
+
+
+def draw_objects(image, objects, names):
+    """PIL image -> float (3, VIEW, VIEW): boxes, masks in their class's colour, names, scores.
+
+    objects: CPU tensors boxes (N, 4), masks (N, H, W) and labels (N,) from 1, in pixels of the
+    image; maybe scores (N,). names: of the classes, label 1 first.
+    """
+    canvas = np.array(view(image))
+    boxes = (objects["boxes"] * (VIEW / max(image.size))).tolist()
+    order = objects["masks"].flatten(1).sum(dim=1).argsort(descending=True).tolist()
+    numbers = (objects["labels"] - 1).tolist()
+    for n in order:  # small ones last, on top
+        mask = np.array(view(Image.fromarray(objects["masks"][n].byte().numpy()))) > 0
+        canvas[mask] = 0.5 * canvas[mask] + 0.5 * class_colour(numbers[n])
+    canvas = Image.fromarray(canvas)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=15)
+    for n in order:
+        colour, (x, y, *_) = tuple(class_colour(numbers[n]).tolist()), boxes[n]
+        draw.rectangle(boxes[n], outline=colour, width=2)
+        text = names[numbers[n]]
+        if "scores" in objects:
+            text += f" {objects['scores'][n]:.2f}"
+        length = draw.textlength(text, font)
+        x, y = max(0, min(x, canvas.width - length - 6)), max(0, y - 18)  # inside the image
+        draw.rectangle([x, y, x + length + 6, y + 18], colour)
+        draw.text((x + 3, y + 9), text, "white", font, anchor="lm")
+    return as_square(canvas)
+
+
+def draw_classes(image, labels, names):
+    """PIL image and class map (H, W) -> float (3, VIEW, VIEW): each class's area and name.
+
+    Names stand in areas of at least 1 % of the image, where these are widest; unknown pixels stay
+    as they are. names: of the classes, number 0 first.
+    """
+    canvas = np.array(view(image))
+    numbers = np.array(view(Image.fromarray(labels.byte().numpy())))
+    present = [n for n in np.unique(numbers).tolist() if n != IGNORED]
+    for n in present:
+        canvas[numbers == n] = 0.3 * canvas[numbers == n] + 0.7 * class_colour(n)
+    canvas = Image.fromarray(canvas)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=17)
+    for n in present:
+        area = torch.from_numpy(numbers == n).float()
+        if area.mean() < 0.01:
+            continue
+        # Where the most pixels of a neighbourhood are of the class, the border counting as others.
+        near = area[None]
+        for kernel in ((81, 1), (1, 81)):
+            near = torch.nn.functional.avg_pool2d(near, kernel, 1, [k // 2 for k in kernel])
+        near = near[0] * area
+        y, x = divmod(int(near.argmax()), near.shape[1])
+        half = draw.textlength(names[n], font) / 2 + 3
+        x = min(max(x, half), canvas.width - half)
+        draw.text((x, y), names[n], "white", font, "mm", stroke_width=2, stroke_fill="black")
+    return as_square(canvas)
 
 
 def read_log(log):

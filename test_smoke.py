@@ -173,7 +173,7 @@ def kept_in(out):
 
 def same_weights(*outs):
     """The checkpoints of two runs hold the same weights, bit for bit."""
-    parts = ("mae", "disc", "classifier")
+    parts = ("mae", "disc", "classifier", "detector", "segmenter")
     a, b = (
         {(part, k): v for part in parts for k, v in kept.get(part, {}).items()}
         for kept in map(kept_in, outs)
@@ -1528,8 +1528,8 @@ def test_pixels_and_logits_are_computed_in_float32_under_autocast():
     for task in ("linear", "finetune"):
         run, _ = probe_run("--task", task, "--amp", "bf16")
         with run.autocast():
-            assert run.classifier.encoder.blocks[0].mlp(torch.rand(1, 192)).dtype == torch.bfloat16
-            assert computed_in_float32(run.classifier(batch[0])), task
+            assert run.network.encoder.blocks[0].mlp(torch.rand(1, 192)).dtype == torch.bfloat16
+            assert computed_in_float32(run.network(batch[0])), task
 
 
 def test_d_loss_computes_no_gradient_of_the_reconstructions():
@@ -2823,12 +2823,12 @@ def test_drop_path_drops_whole_branches_and_keeps_the_mean():
     assert dropped.unique().tolist() == [0.0, torch.tensor(1 / 0.75).item()]
     close(dropped.mean(), 1.0, 0.03)  # standard error of the mean: .009
     run, _ = probe_run("--drop-path", 0.5)
-    rates = [block.drop for block in run.classifier.encoder.blocks]
+    rates = [block.drop for block in run.network.encoder.blocks]
     close(rates, [0, 0.1, 0.2, 0.3, 0.4, 0.5], 1e-9)
     images = tiny_batch()[0]
-    assert not torch.equal(run.classifier(images), run.classifier(images))
-    run.classifier.eval()
-    assert torch.equal(run.classifier(images), run.classifier(images))
+    assert not torch.equal(run.network(images), run.network(images))
+    run.network.eval()
+    assert torch.equal(run.network(images), run.network(images))
 
 
 def cubic(t, a=-0.75):
@@ -2882,16 +2882,16 @@ def test_standardizing_equals_batch_norm_without_weights():
 
 def test_a_probe_trains_its_head_alone():
     run, args = probe_run("--task", "linear", "--lr", "0.1")
-    run.classifier.train()
-    assert not run.classifier.encoder.training and run.classifier.standardize.training
-    before = {k: v.clone() for k, v in run.classifier.state_dict().items()}
-    features = run.classifier.features(tiny_batch()[0])
+    run.network.train()
+    assert not run.network.encoder.training and run.network.standardize.training
+    before = {k: v.clone() for k, v in run.network.state_dict().items()}
+    features = run.network.features(tiny_batch()[0])
     assert not features.requires_grad
     train.set_rate(run.opt, 0.1)
     finetune.step_gradients(run, [labelled_batch()], train.new_progress(), args)
-    assert all(p.grad is None for p in run.classifier.encoder.parameters())
+    assert all(p.grad is None for p in run.network.encoder.parameters())
     finetune.update(run, apply=True)
-    changed = {k for k, v in run.classifier.state_dict().items() if not torch.equal(v, before[k])}
+    changed = {k for k, v in run.network.state_dict().items() if not torch.equal(v, before[k])}
     statistics = {"standardize.running_mean", "standardize.running_var"}
     assert changed == statistics | {"head.weight", "head.bias"}
     flags = ["--task", "linear", "--data", "shapes", "--batch-size", 1]
@@ -2909,7 +2909,7 @@ def test_a_run_may_go_on_with_mixup_and_cutmix_turned_on():
 def test_pooling_takes_cls_or_the_mean_patch():
     images = tiny_batch()[0]
     for pool in ("cls", "mean"):
-        network = probe_run("--pool", pool)[0].classifier.eval()
+        network = probe_run("--pool", pool)[0].network.eval()
         tokens = network.encoder(images)
         expected = tokens[:, 0] if pool == "cls" else sum(tokens[:, i] for i in range(1, 17)) / 16
         close(network.features(images), expected, 1e-5)
@@ -2948,7 +2948,7 @@ def test_layer_decay_halves_the_rate_from_layer_to_layer():
         for p in group["params"]:
             assert p not in found
             found[p] = (group["lr"], group["weight_decay"])
-    for name, p in run.classifier.named_parameters():
+    for name, p in run.network.named_parameters():
         if name.startswith(("head", "encoder.norm")):
             rate = 1.0
         elif "blocks" in name:
@@ -3111,9 +3111,9 @@ def test_every_kind_of_autoencoder_and_published_files_load_as_they_were():
                 torch.save(content, path)
                 run, args = opened_run(["--checkpoint", path, "--task", "knn"])
                 assert (args.model, args.image_size, args.patch_size) == ("tiny", 32, 8)
-                assert torch.equal(run.classifier.encoder(images), mae.encode(images)[0])
+                assert torch.equal(run.network.encoder(images), mae.encode(images)[0])
         run, _ = opened_run(["--checkpoint", path, "--image-size", 48])
-        assert run.classifier(torch.rand(2, 3, 48, 48)).shape == (2, 3)
+        assert run.network(torch.rand(2, 3, 48, 48)).shape == (2, 3)
 
 
 def test_encoders_load_whole_or_not_at_all_and_bad_flags_end_in_one_line():
