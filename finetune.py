@@ -3,22 +3,29 @@
     python finetune.py --demo                                   # 2 minutes, after train.py --demo
     python finetune.py --task linear --checkpoint runs/mse/checkpoint.pt
     torchrun --nproc_per_node=8 finetune.py --task finetune --checkpoint runs/mse/checkpoint.pt
+    python finetune.py --task detect --data path/to/coco --checkpoint runs/mse/checkpoint.pt
+    python finetune.py --task segment --data path/to/ade20k --checkpoint runs/mse/checkpoint.pt
     python finetune.py --eval --checkpoint runs/mse/finetune/best.pt
     python finetune.py --task reconstruct --checkpoint runs/mse/checkpoint.pt [MORE ...]
     python finetune.py --export encoder.pt --format timm --checkpoint runs/mse/checkpoint.pt
 
---task linear and finetune are sec. 4 of the paper ("Fine-tuning"), the supplement's Table 2; knn
-and logistic measure features computed once, without augmentation; reconstruct measures and draws
-reconstructions: Table 1, Figures 2 and 3. In order: the classifier's step and loop, its network
-and optimiser, accuracy, k-NN and logistic regression, reconstructions; then, under a banner,
-checkpoints, data, benchmark, command line. What keeps a run alive (processes, precision,
-checkpoints) is train.py's.
+--task linear, finetune, detect and segment are sec. 4 of the paper ("Fine-tuning"), the
+supplement's A.2 and Table 2; knn and logistic measure features computed once, without augmentation;
+reconstruct measures and draws reconstructions: Table 1, Figures 2 and 3. In order: what a step of
+each task minimises, the loop, network and optimiser; accuracy; average precision and mean IoU
+(Table 3); k-NN and logistic regression; reconstructions; then, under a banner, checkpoints, data,
+benchmark, command line. What keeps a run alive (processes, precision, checkpoints) is train.py's.
 
 --checkpoint takes those of train.py, any project's file of ViT-MAE weights, or `none`: random
-weights. Writes to OUT: linear and finetune checkpoint.pt, best.pt (highest top-1) and log.jsonl,
-where top1 and top5 are per cent of the validation images; knn and logistic log.jsonl; reconstruct
-eval.json and pictures/; --eval only prints. Run the same command again after any interruption and
-a training continues where its checkpoint was saved (--demo starts anew).
+weights. --data: a folder of images in class folders, COCO's own layout for detect, ADE20K's for
+segment, or shapes. Writes to OUT: a training checkpoint.pt, best.pt (highest top-1, box AP or mIoU)
+and log.jsonl, in per cent: top1 and top5 of the validation images; ap... of boxes, mask_ap... of
+masks, as COCO defines them (-1: no such objects); miou over the classes in truth or prediction,
+miou_all over all. Each measurement of a detector, --eval's too, also writes results_bbox.json and
+results_segm.json in COCO's result format, and either dense task pictures/. knn and logistic write
+log.jsonl; reconstruct eval.json and pictures/; OUT of --eval is the checkpoint's folder. Run the
+same command again after any interruption and a training continues where its checkpoint was saved
+(--demo starts anew).
 """
 
 import argparse
@@ -354,9 +361,8 @@ def segment(run, batch, args):
         place = truth["letterbox"]
         if args.slide:
             with run.autocast():
-                logits = slide(
-                    network, data.to_float(truth["whole"].to(run.device)), args.image_size
-                )
+                image = data.to_float(truth["whole"].to(run.device))
+                logits = slide(network, image, args.image_size)
             place = place._replace(rows=logits.shape[1], columns=logits.shape[2])
         else:
             logits = outputs[number]
@@ -368,18 +374,15 @@ def slide(network, image, side):
     """Mean logits (classes, h, w) of all windows of an image (3, h, w), h and w `side` or more.
 
     PAPER SILENT: measuring. MMSegmentation's windows, side x side, each two thirds of a side after
-    the last; the last ones end where the image ends.
+    the one before; the last end where the image ends.
     """
-    starts = [
-        [
-            min(i * (2 * side // 3), n - side)
-            for i in range(1 + math.ceil((n - side) / (2 * side // 3)))
-        ]
-        for n in image.shape[1:]
-    ]
+    starts, step = [], 2 * side // 3
+    for length in image.shape[1:]:
+        count = 1 + math.ceil((length - side) / step)
+        starts.append([min(i * step, length - side) for i in range(count)])
     places = [(slice(y, y + side), slice(x, x + side)) for y in starts[0] for x in starts[1]]
     windows = network(torch.stack([image[:, rows, columns] for rows, columns in places]))
-    total, count = windows.new_zeros(windows.shape[1], *image.shape[1:]), 0
+    total = windows.new_zeros(windows.shape[1], *image.shape[1:])
     count = torch.zeros_like(total[:1])
     for (rows, columns), logits in zip(places, windows, strict=True):
         total[:, rows, columns] += logits
@@ -1039,15 +1042,14 @@ PLAIN = dict.fromkeys(FINETUNE, 0.0)
 # PAPER SILENT: layer-wise decay and stochastic depth; ours are MAE's for ViT-B.
 FINETUNE |= dict(layer_decay=0.75, drop_path=0.1)
 PLAIN |= dict(layer_decay=1.0, drop_path=0.0)
-PLAIN |= dict(width=None)
 TASKS = dict.fromkeys(("linear", "finetune", "knn", "logistic", "reconstruct"), PLAIN)
 TASKS["finetune"] = FINETUNE
 # PAPER SILENT: settings of detection and segmentation beyond rates, decay and epochs, which sec. 4
 # and Table 2 give for "all fine-tuned models". Ours: ViTDet's and MMSegmentation's layer-wise decay
 # for ViT-B, both their stochastic depth, and the widths of both their heads.
-dense = dict(weight_decay=0.05, drop_path=0.1)
-TASKS["detect"] = PLAIN | dense | dict(layer_decay=0.7, width=256)
-TASKS["segment"] = PLAIN | dense | dict(layer_decay=0.65, width=512)
+SCENES = PLAIN | dict(weight_decay=0.05, drop_path=0.1)
+TASKS["detect"] = SCENES | dict(layer_decay=0.7, width=256)
+TASKS["segment"] = SCENES | dict(layer_decay=0.65, width=512)
 DENSE = ("detect", "segment")
 TRAINED = ("linear", "finetune", *DENSE)
 ONCE = ("knn", "logistic")  # see each image once, without augmentation

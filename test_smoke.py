@@ -2793,6 +2793,7 @@ def test_only_the_first_process_exports():
 
 # ---- Fine-tuning ---------------------------------------------------------------------------------
 
+SMALL_HEADS = ["--model", "nano", "--width", "16"]  # of detection and segmentation
 PROBE = ["--batch-size", "4", "--workers", "0", "--data", "shapes", "--val-images", "9"]
 RANDOM = ["--checkpoint", "none", "--model", "tiny", "--image-size", "32", "--patch-size", "8"]
 
@@ -3185,10 +3186,15 @@ def test_unreadable_validation_images_are_left_out_and_named():
 
 
 def test_fine_tuning_stopped_in_mid_epoch_continues_bit_for_bit_and_eval_agrees():
-    for task in ("linear", "finetune"):
+    for task, *figures in (
+        ("linear", "top1", "val_loss"),
+        ("finetune", "top1", "val_loss"),
+        ("detect", "ap", "mask_ap50", "ap_small"),
+        ("segment", "miou", "miou_all", "pixel_accuracy"),
+    ):
         with scratch() as root:
             flags = [*RANDOM, *PROBE, "--task", task, "--limit-images", 16, "--epochs", 2]
-            flags += ["--lr", 1e-3, "--out"]
+            flags += ["--lr", 1e-3, *(SMALL_HEADS if task in finetune.DENSE else []), "--out"]
             assert tune(*flags, root / "once")[0] == 0
             assert tune(*flags, root / "twice", "--steps", 6)[0] == 0  # of 8
             names = ["--pool cls (now mean)"]
@@ -3197,11 +3203,20 @@ def test_fine_tuning_stopped_in_mid_epoch_continues_bit_for_bit_and_eval_agrees(
             same_weights(root / "once", root / "twice")
             once, twice = log_of(root / "once"), log_of(root / "twice")
             for a, b in zip(once, twice, strict=True):
-                assert all(a[name] == b[name] for name in ("loss", "val_loss", "top1"))
-            best, output = max(once, key=lambda row: row["top1"]), io.StringIO()
+                assert all(a[name] == b[name] for name in ("loss", *figures)), (a, b)
+                if task == "detect":
+                    terms = [value for name, value in a.items() if name.startswith("loss_")]
+                    assert len(terms) == 5
+                    close(sum(terms), a["loss"], 1e-4)
+            best, output = max(once, key=lambda row: row[figures[0]]), io.StringIO()
             with contextlib.redirect_stdout(output):
                 finetune.main(["--eval", "--checkpoint", str(root / "once" / "best.pt"), *PROBE])
-            assert f"val_loss {best['val_loss']:.4g}" in output.getvalue(), output.getvalue()
+            for name in figures:
+                assert f"{name} {best[name]:.4g}" in output.getvalue(), (best, output.getvalue())
+            kept = {"once", "twice"} | {path.name for path in (root / "once").iterdir()}
+            drawn = {"detect": "detections", "segment": "segmentation"}.get(task)
+            assert drawn is None or (root / "once" / "pictures" / f"{drawn}.png").is_file()
+            assert ("results_segm.json" in kept) == (task == "detect")
 
 
 def test_a_probe_and_fine_tuning_learn_colours():
@@ -3233,6 +3248,9 @@ def test_two_processes_measure_what_one_does():
         save_autoencoder(root / "g.pt", "--loss", "msg_gan_p")
         torch.save(stand_in(), root / "inception.pth")
         jobs = {task: [*learn, "--task", task] for task in CLASSIFY}
+        # Samples of a detector and dropout depend on the process: here the weights stay as drawn.
+        still = [*learn, *SMALL_HEADS, "--lr", 1e-12]
+        jobs |= {task: [*still, "--task", task] for task in finetune.DENSE}
         jobs["reconstruct"] = [*RECONSTRUCT, "--checkpoint", root / "g.pt", "--val-images", 3]
         jobs["reconstruct"] += ["--inception-weights", root / "inception.pth"]
         two = [[*job, "--out", root / f"{task}2", "--batch-size", 2] for task, job in jobs.items()]
@@ -3252,6 +3270,16 @@ def test_two_processes_measure_what_one_does():
             assert one["val_images"] == two["val_images"] == 9
             assert (one["top1"], one["top5"]) == (two["top1"], two["top5"]), (one, two)
             close(one.get("val_loss", 0), two.get("val_loss", 0), 1e-4)
+        for task in finetune.DENSE:
+            [one], [two] = (log_of(root / f"{task}{n}") for n in "12")
+            assert one["val_images"] == two["val_images"] == 9
+            figures = list(one)[list(one).index("bad_images") + 1 :]
+            close([one[name] for name in figures], [two[name] for name in figures], 1e-3)
+        one, two = (json.loads((root / f"detect{n}/results_bbox.json").read_text()) for n in "12")
+        assert len({entry["image_id"] for entry in one}) > 5 and len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            assert (a["image_id"], a["category_id"]) == (b["image_id"], b["category_id"])
+            close([a["score"], *a["bbox"]], [b["score"], *b["bbox"]], 1e-3)
 
 
 def tune_in_turn(jobs):
@@ -3491,6 +3519,199 @@ def test_the_segmentation_loss_equals_a_loop_and_is_0_where_all_is_ignored():
     nothing = losses.segmentation_loss(logits, ignored, aux)
     for gradient in torch.autograd.grad(nothing, (logits, aux)):
         assert nothing == 0 and not gradient.any()
+
+
+class Oracle(torch.nn.Module):
+    """A network that gives prepared answers, one for each image, in turn."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.answers = iter(answers)
+
+    def forward(self, images):
+        answers = [next(self.answers) for _ in images]
+        return torch.stack(answers) if isinstance(answers[0], torch.Tensor) else answers
+
+
+class FewScenes(torch.utils.data.Dataset):
+    """Grey images of several shapes with a rectangle and a disc each, for either task."""
+
+    image_ids, category_ids, classes = [3, 5, 8, 9], [7, 90], ["rectangle", "disc"]
+
+    def __init__(self, task):
+        self.task = task
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        height, width = [(40, 60), (60, 33), (50, 50), (41, 64)][index]
+        rows, columns = torch.arange(height)[:, None] + 0.5, torch.arange(width) + 0.5
+        box = (rows > 3) & (rows < 30) & (columns > 2 + index) & (columns < 17)
+        disc = (rows - height + 10).square() + (columns - width + 9).square() < 64
+        masks, image = torch.stack([box, disc]), Image.new("RGB", (width, height), "grey")
+        if self.task == "segment":
+            labels = disc.byte()
+            labels[box] = 255  # not known
+            return image, labels
+        labels, crowd = torch.tensor([1, 2]), torch.zeros(2, dtype=torch.bool)
+        area, boxes = masks.sum(dim=(1, 2)).float(), data.mask_boxes(masks)
+        return image, dict(boxes=boxes, labels=labels, masks=masks, crowd=crowd, area=area)
+
+
+def oracle_run(task, answer, out):
+    """Measure a network that answers with answer(the sample's truth): (row, its data set)."""
+    common = dict(image_size=256, seed=0, task=task)
+    dataset = data.DenseSet(FewScenes(task), range(4), augment=False, **common)
+    answers = [answer(dataset[0, i][1]) for i in range(4)]
+    network = Oracle(answers * 2)  # the second time for the picture
+    run = SimpleNamespace(network=network, device=torch.device("cpu"))
+    run.autocast = contextlib.nullcontext
+    loader = data.build_loader(dataset, [(0, i) for i in range(4)], batch_size=3, workers=0)
+    args = SimpleNamespace(task=task, classes=FewScenes.classes, out=out, slide=False)
+    return finetune.by_task(task)[2](run, loader, [], args)
+
+
+def test_perfect_detections_have_an_ap_of_100_through_the_letterbox_and_back():
+    def answer(truth):
+        place, boxes = truth["letterbox"], truth["boxes"]
+        masks = model.mask_targets(truth["masks"], boxes, torch.arange(2))
+        ratios = torch.tensor([place.columns / place.width, place.rows / place.height] * 2)
+        padding = torch.tensor([[place.columns + 1.0, place.rows + 1.0, 256, 256]])
+        return {
+            "boxes": torch.cat([boxes * ratios, padding]),
+            "masks": torch.cat([masks, torch.ones(1, 28, 28)]),
+            "labels": torch.tensor([1, 2, 1]),
+            "scores": torch.tensor([0.9, 0.8, 0.95]),
+        }
+
+    with scratch() as out:
+        row = oracle_run("detect", answer, out)
+        assert row["ap"] == row["ap75"] == row["ap_small"] == row["mask_ap50"] == 100, row
+        assert row["mask_ap"] > 90 and row["ap_large"] == -1 and row["val_images"] == 4
+        boxes, masks = (
+            json.loads((out / f"results_{k}.json").read_text()) for k in ("bbox", "segm")
+        )
+        Image.open(out / "pictures" / "detections.png").verify()
+    assert [entry["image_id"] for entry in boxes] == [3, 3, 5, 5, 8, 8, 9, 9]
+    assert [entry["category_id"] for entry in masks] == [7, 90] * 4
+    close(boxes[0]["bbox"], [2, 3, 15, 27], 1e-3)  # xywh; what lies in the padding is gone
+    rle = masks[0]["segmentation"]
+    mask = data.rle_to_mask(rle["counts"], *rle["size"])
+    assert rle["size"] == [40, 60] and np.array_equal(mask, FewScenes("detect")[0][1]["masks"][0])
+    assert "segmentation" not in boxes[0] and "bbox" not in masks[0]
+
+
+def test_a_perfect_class_map_has_an_miou_of_100_through_the_letterbox_and_back():
+    def answer(truth):
+        place, logits = truth["letterbox"], torch.rand(2, 256, 256)
+        wanted = torch.stack([truth["map"] == 0, truth["map"] == 1])[None].float()
+        size = (place.rows, place.columns)
+        logits[:, : size[0], : size[1]] += 9 * F.interpolate(wanted, size, mode="nearest-exact")[0]
+        return logits
+
+    with scratch() as out:
+        row = oracle_run("segment", answer, out)
+        Image.open(out / "pictures" / "segmentation.png").verify()
+    assert row == {"miou": 100, "miou_all": 100, "pixel_accuracy": 100, "val_images": 4}
+
+
+def test_sliding_windows_of_a_network_that_sees_single_pixels_give_the_whole():
+    shapes = []
+
+    def network(images):
+        shapes.append(len(images))
+        return torch.stack([images[:, 0], images.square().sum(dim=1)], dim=1)
+
+    for (height, width), windows in (((30, 30), 1), ((30, 82), 4), ((41, 30), 2), ((60, 50), 6)):
+        image = torch.rand(3, height, width)  # steps of 20: 0, 20, 40, 52; 0, 11; 0, 20, 30 ...
+        close(finetune.slide(network, image, 30), network(image[None])[0], 1e-6)
+        assert shapes[-2] == windows
+    with scratch() as out:
+        dataset = data.DenseSet(
+            FewScenes("segment"),
+            [3],
+            image_size=32,
+            seed=0,
+            task="segment",
+            augment=False,
+            slide=True,
+        )
+        assert dataset[0, 0][1]["whole"].shape == (3, 32, 49)  # 64 * 32 / 41 = 49.95
+        run = SimpleNamespace(network=lambda x: x[:, :2], device="cpu", autocast=out.cwd)
+        run.autocast = contextlib.nullcontext
+        args = SimpleNamespace(slide=True, image_size=32)
+        [(labels, truth)] = finetune.segment(run, data.collate([dataset[0, 0]]), args)
+        assert labels.shape == truth["map"].shape == (41, 64)
+
+
+def test_encoders_load_into_detectors_and_segmenters_at_any_size():
+    images = tiny_batch()[0]
+    with scratch() as folder:
+        path = folder / "c.pt"
+        save_autoencoder(path)
+        expected = model.build_mae("tiny", 32, 8)
+        expected.load_state_dict(torch.load(path)["mae"])
+        for task in finetune.DENSE:
+            flags = ["--checkpoint", path, "--task", task, "--width", 16]
+            run, args = opened_run(flags)
+            assert torch.equal(run.network.encoder(images), expected.encode(images)[0])
+            assert args.drop_path == 0.1 and 0.6 < args.layer_decay < 0.8
+            run, args = opened_run([*flags, "--image-size", 48])
+            images_48, targets = finetune.random_batch(args)
+            assert (
+                finetune.step_gradients(run, [(images_48, targets)], {"step": 0}, args)["loss"] > 0
+            )
+            assert all(p.grad is not None for p in run.network.parameters())
+        flags = [*RANDOM, *SMALL_HEADS, "--task", "segment", "--batch-size", 2]
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            finetune.main([*flags, "--benchmark", "1"])
+        row = json.loads(output.getvalue())
+        assert row["task"] == "segment" and row["parameters"] == row["parameters_trained"]
+
+
+def test_dense_tasks_refuse_what_does_not_fit_in_one_line():
+    with scratch() as root:
+        write_coco(root / "coco")
+        write_ade(root / "ade")
+        write_coco(root / "torn", json.dumps(coco_content())[:-30])
+        flags = [*RANDOM, *SMALL_HEADS, "--workers", 0, "--batch-size", 2, "--epochs", 1]
+        flags += ["--out", root / "out"]
+
+        def rejected(task, *more, names):
+            tune_refused(*flags, "--task", task, *more, names=names)
+
+        rejected("detect", "--data", root / "ade", names=["ADE20K's layout, of segmentation"])
+        rejected("segment", "--data", root / "coco", names=["COCO's layout, of detection"])
+        rejected("detect", "--data", root / "torn", names=["torn or not COCO's"])
+        rejected("detect", "--data", root / "none", names=["does not exist"])
+        rejected("detect", "--shots", 1, names=["--shots", "for classification"])
+        rejected("segment", "--mixup", 0.8, names=["--mixup", "for classification"])
+        rejected("segment", "--width", 20, names=["--width 20", "multiple of 16"])
+        rejected("detect", "--scales", 2, 1, names=["--scales", "smaller first"])
+        rejected("detect", "--slide", names=["--slide"])
+        rejected("detect", "--image-size", 40, "--data", "shapes", names=["multiple of 16 px"])
+        rejected("detect", "--data", root / "coco", "--limit-images", 1, names=["--batch-size"])
+        assert not (root / "out").exists()
+        status, errors = tune(*flags, "--task", "segment", "--data", root / "ade")
+        assert status == 0, errors
+        (root / "ade" / "objectInfo.txt").unlink()
+        best = ["--checkpoint", root / "out" / "best.pt", "--workers", 0]
+        tune_refused("--eval", *best, "--data", root / "ade", names=["sky", "only in"])
+
+
+def test_unreadable_scenes_are_named_replaced_in_training_and_not_measured():
+    with scratch() as root:
+        write_ade(root)
+        (root / "images" / "training" / "1.jpg").write_bytes(b"torn")
+        (root / "annotations" / "validation" / "2.png").write_bytes(b"torn")
+        flags = [*RANDOM, *SMALL_HEADS, "--workers", 0, "--batch-size", 3, "--epochs", 1]
+        status, errors = tune(*flags, "--task", "segment", "--data", root, "--out", root / "out")
+        assert status == 0 and errors.count("replaced: ") == errors.count("left out: ") == 1
+        assert "training/1.jpg" in errors and "validation/2.jpg" in errors, errors
+        [row] = log_of(root / "out")
+        assert row["val_images"] == 2 and row["bad_images"] == 2
 
 
 # ---- README --------------------------------------------------------------------------------------
