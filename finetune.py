@@ -3,22 +3,29 @@
     python finetune.py --demo                                   # 2 minutes, after train.py --demo
     python finetune.py --task linear --checkpoint runs/mse/checkpoint.pt
     torchrun --nproc_per_node=8 finetune.py --task finetune --checkpoint runs/mse/checkpoint.pt
+    python finetune.py --task detect --data path/to/coco --checkpoint runs/mse/checkpoint.pt
+    python finetune.py --task segment --data path/to/ade20k --checkpoint runs/mse/checkpoint.pt
     python finetune.py --eval --checkpoint runs/mse/finetune/best.pt
     python finetune.py --task reconstruct --checkpoint runs/mse/checkpoint.pt [MORE ...]
     python finetune.py --export encoder.pt --format timm --checkpoint runs/mse/checkpoint.pt
 
---task linear and finetune are sec. 4 of the paper ("Fine-tuning"), the supplement's Table 2; knn
-and logistic measure features computed once, without augmentation; reconstruct measures and draws
-reconstructions: Table 1, Figures 2 and 3. In order: the classifier's step and loop, its network
-and optimiser, accuracy, k-NN and logistic regression, reconstructions; then, under a banner,
-checkpoints, data, benchmark, command line. What keeps a run alive (processes, precision,
-checkpoints) is train.py's.
+--task linear, finetune, detect and segment are sec. 4 of the paper ("Fine-tuning"), the
+supplement's A.2 and Table 2; knn and logistic measure features computed once, without augmentation;
+reconstruct measures and draws reconstructions: Table 1, Figures 2 and 3. In order: what a step of
+each task minimises, the loop, network and optimiser; accuracy; average precision and mean IoU
+(Table 3); k-NN and logistic regression; reconstructions; then, under a banner, checkpoints, data,
+benchmark, command line. What keeps a run alive (processes, precision, checkpoints) is train.py's.
 
 --checkpoint takes those of train.py, any project's file of ViT-MAE weights, or `none`: random
-weights. Writes to OUT: linear and finetune checkpoint.pt, best.pt (highest top-1) and log.jsonl,
-where top1 and top5 are per cent of the validation images; knn and logistic log.jsonl; reconstruct
-eval.json and pictures/; --eval only prints. Run the same command again after any interruption and
-a training continues where its checkpoint was saved (--demo starts anew).
+weights. --data: a folder of images in class folders, COCO's own layout for detect, ADE20K's for
+segment, or shapes. Writes to OUT: a training checkpoint.pt, best.pt (highest top-1, box AP or mIoU)
+and log.jsonl, in per cent: top1 and top5 of the validation images; ap... of boxes, mask_ap... of
+masks, as COCO defines them (-1: no such objects); miou over the classes in truth or prediction,
+miou_all over all. Each measurement of a detector, --eval's too, also writes results_bbox.json and
+results_segm.json in COCO's result format, and either dense task pictures/. knn and logistic write
+log.jsonl; reconstruct eval.json and pictures/; OUT of --eval is the checkpoint's folder. Run the
+same command again after any interruption and a training continues where its checkpoint was saved
+(--demo starts anew).
 """
 
 import argparse
@@ -45,7 +52,7 @@ import model
 import train
 from train import fail, is_main, say
 
-# ---- Classification: one step --------------------------------------------------------------------
+# ---- One step: what a task minimises -------------------------------------------------------------
 
 
 def classification_loss(logits, targets, label_smoothing):
@@ -53,25 +60,54 @@ def classification_loss(logits, targets, label_smoothing):
     return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
 
 
+def classification_terms(run, images, labels, args):
+    """Loss of a batch -> {"loss": scalar}. images: (B, 3, H, W) in [0, 1]. labels: (B,)."""
+    targets = labels.to(run.device, non_blocking=True)
+    if run.mix is not None:
+        images, targets = run.mix(images, targets)  # (B, classes)
+    with run.autocast():
+        logits = run.network(images)  # (B, classes)
+    return {"loss": classification_loss(logits, targets, args.label_smoothing)}
+
+
+def detection_terms(run, images, objects, args):
+    """Mask R-CNN's five losses of a batch -> {name: scalar}; see `model.Detector`.
+
+    objects: a dict for each image, boxes (N, 4), labels (N,) and masks (N, S, S); N may be 0.
+    """
+    objects = [{k: v.to(run.device, non_blocking=True) for k, v in o.items()} for o in objects]
+    with run.autocast():  # the heads turn it off
+        return run.network(images, objects)
+
+
+def segmentation_terms(run, images, maps, args):
+    """Loss of a batch -> {"loss": scalar}. maps: classes (B, S, S), 255 = not known."""
+    with run.autocast():
+        logits, second = run.network(images)  # (B, classes, S, S) each
+    maps = maps.to(run.device, non_blocking=True)
+    return {"loss": losses.segmentation_loss(logits, maps, second)}
+
+
 def step_gradients(run, batches, progress, args):
-    """Accumulate the mean gradient of a step's batches -> {"loss": their mean}."""
-    total, share = 0, 1 / len(batches)
+    """Accumulate the mean gradient of a step's batches -> {name: mean of the term over them}.
+
+    The gradient is that of "loss", the sum of the terms of `run.terms`, one of the above.
+    """
+    totals, share = {}, 1 / len(batches)
     rank = train.rank()
-    for number, (images, labels, *_) in enumerate(batches, start=1):
-        # Mixing and stochastic depth depend on where the run is, not on what was drawn before.
+    for number, (images, targets, *_) in enumerate(batches, start=1):
+        # What is drawn (mixing, stochastic depth, a detector's samples) depends on where the run
+        # is, not on what was drawn before.
         torch.manual_seed(data.sample_seed(args.seed, progress["step"], number - 1, rank))
         images = data.to_float(images.to(run.device, non_blocking=True))  # (B, 3, H, W)
-        targets = labels.to(run.device, non_blocking=True)  # (B,); (B, classes) once mixed
-        if run.mix is not None:
-            images, targets = run.mix(images, targets)
         # Processes exchange gradients during the last backward pass of a step alone.
-        with train.exchange(number == len(batches), run.classifier):
-            with run.autocast():
-                logits = run.classifier(images)  # (B, classes)
-            loss = classification_loss(logits, targets, args.label_smoothing)
+        with train.exchange(number == len(batches), run.network):
+            terms = run.terms(run, images, targets, args)
+            loss = sum(terms.values())
             run.scaler.scale(loss * share).backward()
-        total += loss.detach() * share
-    return {"loss": total}
+        for name, value in {**terms, "loss": loss}.items():
+            totals[name] = totals.get(name, 0) + value.detach() * share
+    return totals
 
 
 def update(run, apply):
@@ -82,16 +118,17 @@ def update(run, apply):
     run.opt.zero_grad(set_to_none=True)
 
 
-# ---- Classification: the loop over epochs --------------------------------------------------------
+# ---- The loop over epochs ------------------------------------------------------------------------
 
 
-def train_classifier(args, weights, train_set, val_set, device):
-    """Linear probe or fine-tuning -> (signal that stopped it or 0, best top-1 in per cent).
+def train_task(args, weights, train_set, val_set, device):
+    """Linear probe, fine-tuning, detection or segmentation -> (signal that stopped it or 0, best).
 
-    weights: from `open_checkpoint`. The loop is that of train.py's `pretrain`, with one player.
+    weights: from `open_checkpoint`. best: highest `run.score`, top-1 for instance, in per cent. The
+    loop is that of train.py's `pretrain`, with one player.
     """
     run = build_run(args, weights, device)
-    run.classifier.train()
+    run.network.train()
     val = (shard(val_set, args), [])  # and the unreadable ones among its images
     progress, sampler, loader = train.open_run(run, train_set, args)
     if nothing_left := train.finished(progress, args):
@@ -135,53 +172,68 @@ def finish_epoch(run, progress, lr, val, args):
     """Measure, log, keep the best, and move `progress` on. val: (loader, unreadable images)."""
     row, measured = train.epoch_row(progress, lr, args), {}
     if row["epoch"] % args.eval_every == 0 or row["epoch"] == args.epochs:
-        measured = evaluate(run, *val)
+        measured = run.evaluate(run, *val, args)
     row["bad_images"] += len(val[1])
     train.write_row(row | measured, args.out)
-    best = measured.get("top1", -1.0) > progress["best"]
+    best = measured.get(run.score, -1.0) > progress["best"]
     if best:
-        progress["best"] = measured["top1"]
+        progress["best"] = measured[run.score]
     train.next_epoch(progress)
     if best:
         train.save_checkpoint(Path(args.out) / "best.pt", run, progress, args)
 
 
-# ---- Classification: network and optimiser -------------------------------------------------------
+# ---- Network and optimiser -----------------------------------------------------------------------
+
+
+def by_task(task):
+    """-> (the network's name in a checkpoint, terms of a step, measurement, what picks best.pt)."""
+    rows = {
+        "detect": ("detector", detection_terms, evaluate_detector, "ap"),
+        "segment": ("segmenter", segmentation_terms, evaluate_segmenter, "miou"),
+    }
+    return rows.get(task, ("classifier", classification_terms, evaluate_classifier, "top1"))
+
+
+def build_network(args):
+    """The encoder of --model with the head of --task, random weights; ValueError: sizes misfit."""
+    classes = len(args.classes)
+    sizes = dict(image_size=args.image_size, patch_size=args.patch_size, drop=args.drop_path)
+    if args.task == "detect":
+        return model.build_detector(args.model, classes, width=args.width, **sizes)
+    if args.task == "segment":
+        return model.build_segmenter(args.model, classes, width=args.width, **sizes)
+    frozen = args.task != "finetune"
+    return model.build_classifier(args.model, classes, pool=args.pool, frozen=frozen, **sizes)
 
 
 def build_run(args, weights, device):
-    """What trains -> namespace of classifier, opt, scaler, mix, device and dtype (see train.py).
+    """What trains -> namespace of network, opt, scaler, device and dtype (see train.py).
 
-    args: complete, as `open_checkpoint` and `build_data` leave them. mix: function of a batch
-    (images, labels) that mixes samples, or None. parts, script, must_fit: what a checkpoint holds.
+    args: complete, as `open_checkpoint` and `build_data` leave them. terms, evaluate, score: the
+    task's, from `by_task`. mix: function of a batch (images, labels) that mixes samples, or None.
+    parts, script, must_fit: what a checkpoint holds.
     """
     dtype = train.choose_precision(args.amp, device)
     torch.manual_seed(args.seed)  # the same initial weights on every process
     with train.refusals():  # sizes that do not fit each other, or weights that do not
-        network = model.build_classifier(
-            args.model,
-            len(args.classes),
-            image_size=args.image_size,
-            patch_size=args.patch_size,
-            pool=args.pool,
-            frozen=args.task != "finetune",
-            drop=args.drop_path,
-        )
+        network = build_network(args)
         if weights is not None:
             load_weights(network, weights, args)
     network.to(device)
     groups = layer_groups(network, args.weight_decay, args.layer_decay)
     run = SimpleNamespace(device=device, dtype=dtype, script="finetune.py", must_fit=MUST_FIT)
     run.autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
+    part, run.terms, run.evaluate, run.score = by_task(args.task)
     run.mix = build_mix(args, len(args.classes))
-    run.classifier, run.scaler = train.wrap(network, device), train.scaler(device, dtype)
+    run.network, run.scaler = train.wrap(network, device), train.scaler(device, dtype)
     run.opt = torch.optim.AdamW(groups, betas=tuple(args.betas), fused=True)
-    run.parts = {"classifier": network, "opt": run.opt, "scaler": run.scaler}
+    run.parts = {part: network, "opt": run.opt, "scaler": run.scaler}
     return run
 
 
 def load_weights(network, weights, args):
-    """Give the classifier what `open_checkpoint` read: its encoder, or with --eval all of it."""
+    """Give the network what `open_checkpoint` read: its encoder, or with --eval all of it."""
     path, side = args.checkpoint, network.encoder.side
     if not args.eval:
         encoder = model.encoder_weights(weights, side, path)
@@ -244,13 +296,13 @@ def as_row(sums, classes):
 
 
 @torch.no_grad()
-def evaluate(run, loader, known):
+def evaluate_classifier(run, loader, known, args):
     """Accuracy and loss over the whole validation set -> row, see `as_row`.
 
     loader: this process's `shard`. known: list of unreadable images' indices, added to here; they
     are left out.
     """
-    network, found = train.unwrap(run.classifier).eval(), {}
+    network, found = train.unwrap(run.network).eval(), {}
     sums = dict.fromkeys(("top1", "top5", "images", "val_loss"), 0)
     for images, labels, _, bad in loader:
         found |= dict(bad)
@@ -271,22 +323,200 @@ def note_unread(found, known, dataset):
     train.note_bad_images(found, known, dataset, fate="left out")
 
 
+# ---- Detection and segmentation: Table 3 ---------------------------------------------------------
+
+
+def detect(run, batch, args):
+    """A batch's detections -> [(found, objects)] of its readable images, in their own pixels.
+
+    batch: of a `DenseSet` that does not augment. found: as `model.Detector` gives it, but with
+    masks (D, H, W) bool, on the CPU.
+    """
+    images, targets, *_ = batch
+    with run.autocast():
+        outputs = train.unwrap(run.network)(data.to_float(images.to(run.device)))
+    pairs = []
+    for output, objects in zip(outputs, targets, strict=True):
+        if objects is None:
+            continue
+        place = objects["letterbox"]
+        boxes = data.boxes_to_image(output["boxes"], place)
+        masks = model.paste_masks(output["masks"], boxes, place.height, place.width)
+        inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # not in the padding
+        found = output | {"boxes": boxes, "masks": masks}
+        pairs.append(({k: v[inside].cpu() for k, v in found.items()}, objects))
+    return pairs
+
+
+def segment(run, batch, args):
+    """A batch's class maps -> [(map (H, W), truth {"map", ...})] of its readable images."""
+    images, targets, *_ = batch
+    network, pairs = train.unwrap(run.network), []
+    with run.autocast():
+        if not args.slide:
+            outputs = network(data.to_float(images.to(run.device)))  # (B, classes, S, S)
+    for number, truth in enumerate(targets):
+        if truth is None:
+            continue
+        place = truth["letterbox"]
+        if args.slide:
+            with run.autocast():
+                image = data.to_float(truth["whole"].to(run.device))
+                logits = slide(network, image, args.image_size)
+            place = place._replace(rows=logits.shape[1], columns=logits.shape[2])
+        else:
+            logits = outputs[number]
+        pairs.append((data.maps_to_image(logits, place).argmax(dim=0).cpu(), truth))
+    return pairs
+
+
+def slide(network, image, side):
+    """Mean logits (classes, h, w) of all windows of an image (3, h, w), h and w `side` or more.
+
+    PAPER SILENT: measuring. MMSegmentation's windows, side x side, each two thirds of a side after
+    the one before; the last end where the image ends.
+    """
+    starts, step = [], 2 * side // 3
+    for length in image.shape[1:]:
+        count = 1 + math.ceil((length - side) / step)
+        starts.append([min(i * step, length - side) for i in range(count)])
+    places = [(slice(y, y + side), slice(x, x + side)) for y in starts[0] for x in starts[1]]
+    windows = network(torch.stack([image[:, rows, columns] for rows, columns in places]))
+    total = windows.new_zeros(windows.shape[1], *image.shape[1:])
+    count = torch.zeros_like(total[:1])
+    for (rows, columns), logits in zip(places, windows, strict=True):
+        total[:, rows, columns] += logits
+        count[:, rows, columns] += 1
+    return total / count
+
+
+@torch.no_grad()
+def evaluate_detector(run, loader, known, args):
+    """COCO's average precision of boxes and masks over the whole validation set, in per cent.
+
+    -> row of `losses.coco_ap`, the masks' under mask_..., -1 = no object of that size. Draws the
+    picture, and writes OUT/results_bbox.json and results_segm.json, in COCO's result format: the
+    latest measurement's. loader, known: see `evaluate_classifier`.
+    """
+    network, found, rows = train.unwrap(run.network).eval(), {}, []
+    source = loader.dataset.source
+    for batch in loader:
+        found |= dict(batch[3])
+        for detections, objects in detect(run, batch, args):
+            pair = [losses.match_detections(detections, objects, masks=m) for m in (False, True)]
+            index = objects["index"]
+            rows.append((index, *pair, coco_results(detections, source, index)))
+    note_unread(found, known, loader.dataset)
+    rows = sorted(sum(of_all_processes(rows), []), key=lambda row: row[0])  # COCO's order
+    _, boxes, masks, results = zip(*rows, strict=True)
+    row = losses.coco_ap(boxes)
+    row |= {f"mask_{name}": value for name, value in losses.coco_ap(masks).items()}
+    row = {name: 100 * value if value >= 0 else value for name, value in row.items()}
+    if is_main():
+        write_results(args.out, sum(results, []))
+        draw_scenes("detections", run, loader.dataset, args)
+    network.train()
+    return row | {"val_images": len(rows)}
+
+
+def coco_results(found, source, index):
+    """An image's detections as entries of COCO's result format, boxes and masks together."""
+    return [
+        {
+            "image_id": source.image_ids[index],
+            "category_id": source.category_ids[label - 1],
+            "score": score,
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "segmentation": data.mask_to_rle(mask),
+        }
+        for (x0, y0, x1, y1), label, score, mask in zip(
+            *(found[name].tolist() for name in ("boxes", "labels", "scores")),
+            found["masks"],
+            strict=True,
+        )
+    ]
+
+
+def write_results(out, results):
+    """Write `coco_results` of all images: a file of boxes, and one of masks."""
+    for kind, other in (("bbox", "segmentation"), ("segm", "bbox")):
+        # Apart: COCO's tools take the area of an entry with both from its box.
+        rows = [{k: v for k, v in row.items() if k != other} for row in results]
+        path = Path(out) / f"results_{kind}.json"
+        with train.writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(rows))
+
+
+@torch.no_grad()
+def evaluate_segmenter(run, loader, known, args):
+    """`losses.segmentation_scores` over the whole validation set, in per cent -> row.
+
+    Measured at the images' own size. Draws the picture. loader, known: see `evaluate_classifier`.
+    """
+    network, found, classes = train.unwrap(run.network).eval(), {}, len(args.classes)
+    matrix, images = torch.zeros(classes, classes, dtype=torch.long), 0
+    for batch in loader:
+        found |= dict(batch[3])
+        for labels, truth in segment(run, batch, args):
+            matrix += losses.confusion_matrix(labels, truth["map"], classes)
+            images += 1
+    note_unread(found, known, loader.dataset)
+    matrices, counts = zip(*of_all_processes((matrix, images)), strict=True)
+    row = losses.segmentation_scores(sum(matrices))
+    if is_main():
+        draw_scenes("segmentation", run, loader.dataset, args)
+    network.train()
+    return {name: 100 * value for name, value in row.items()} | {"val_images": sum(counts)}
+
+
+def draw_scenes(name, run, dataset, args, rows=6, least=0.5):
+    """OUT/pictures/NAME.png: the first readable validation images, truth and prediction."""
+    path = Path(args.out) / "pictures" / f"{name}.png"
+    batch = data.collate([dataset[0, i] for i in range(min(rows, len(dataset)))])
+    predict = detect if args.task == "detect" else segment
+    columns = {"image": [], "truth": [], "prediction": []}
+    for found, truth in predict(run, batch, args):
+        image = data.to_rgb(dataset.source[truth["index"]][0])
+        if args.task == "detect":
+            sure = found["scores"] >= least
+            found = {k: v[sure] for k, v in found.items()}
+            drawn = [data.draw_objects(image, x, args.classes) for x in (truth, found)]
+        else:
+            drawn = [data.draw_classes(image, x, args.classes) for x in (truth["map"], found)]
+        for column, picture in zip(
+            columns.values(), (data.as_square(data.view(image)), *drawn), strict=True
+        ):
+            column.append(picture)
+    if args.task == "detect":
+        columns[f"prediction, score {least} or more"] = columns.pop("prediction")
+    if columns["image"]:
+        with train.writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            data.save_picture(path, {k: torch.stack(v) for k, v in columns.items()})
+
+
 # ---- Without training: k-NN, and logistic regression on features computed once -------------------
+
+
+def of_all_processes(thing):
+    """Every process's `thing`, as a list by their numbers, on every process; it is pickled."""
+    if not dist.is_initialized():
+        return [thing]
+    things = [None] * train.world_size()
+    dist.all_gather_object(things, thing)
+    return things
 
 
 def gathered(tensor, dim=0):
     """Every process's tensor, concatenated along `dim`, on every process; lengths may differ."""
-    if not dist.is_initialized():
-        return tensor
-    parts = [None] * train.world_size()
-    dist.all_gather_object(parts, tensor.cpu())
-    return torch.cat(parts, dim).to(tensor.device)
+    return torch.cat(of_all_processes(tensor.cpu()), dim).to(tensor.device)
 
 
 @torch.no_grad()
 def extract(run, dataset, args):
     """Features of this process's part -> (float32 (n, C), labels (n,), places in the set (n,))."""
-    network, found = train.unwrap(run.classifier).eval(), {}
+    network, found = train.unwrap(run.network).eval(), {}
     width = network.head.in_features
     features, targets = [torch.zeros(0, width, device=run.device)], [torch.zeros(0).long()]
     for images, labels, _, bad in shard(dataset, args):
@@ -637,7 +867,7 @@ KIND = "a checkpoint of train.py, finetune.py or a ViT-MAE of another project"
 # A checkpoint continues only under the same values of these.
 MUST_FIT = (
     *("task", "checkpoint", "data", "model", "image_size", "patch_size", "pool", "fraction"),
-    *("shots", "limit_images", "val_images", "layer_decay", "seed", "classes"),
+    *("shots", "limit_images", "val_images", "layer_decay", "seed", "classes", "width"),
 )
 
 
@@ -645,18 +875,19 @@ def open_checkpoint(args):
     """Read --checkpoint -> ({name: tensor}, None for `none`; args with the sizes that it settles).
 
     Model, image and patch size are the checkpoint's where no flag gives them; with --eval also
-    what else the classifier depends on. Flags that contradict it end the run.
+    what else the network depends on. Flags that contradict it end the run.
     """
     path, saved, weights = args.checkpoint, dict(model="base", image_size=224, patch_size=16), None
     if path != "none":
         with train.refusals():
             content = model.load_file(path, KIND)
-            classifier = train.made_by("finetune.py", content, "classifier")
-            if args.eval != classifier:
+            names = (by_task(task)[0] for task in TASKS)
+            part = next((n for n in names if train.made_by("finetune.py", content, n)), "mae")
+            if args.eval != (part != "mae"):
                 what = "" if args.eval else ": --eval measures it, --resume continues it"
                 fail(f"{path} is {'not ' * args.eval}a checkpoint of finetune.py{what}")
-            if classifier or train.made_by("train.py", content, "mae"):
-                weights, saved = content["classifier" if args.eval else "mae"], content["arguments"]
+            if part != "mae" or train.made_by("train.py", content, "mae"):
+                weights, saved = content[part], content["arguments"]
             else:
                 weights, left_out = model.named_as_ours(content, path, KIND)
                 saved = model.published_sizes(weights, path, args.model)
@@ -670,6 +901,7 @@ def open_checkpoint(args):
     settled = {what: getattr(args, what) or saved[what] for what in sizes}
     if args.eval:
         settled |= {what: saved[what] for what in ("task", "pool", "seed", "classes")}
+        settled["width"] = saved.get("width")
     return weights, argparse.Namespace(**vars(args) | settled)
 
 
@@ -703,8 +935,11 @@ def shard(dataset, args):
 def build_data(args):
     """-> (training, validation `LabelledSet`, args with `classes`, the names of the classes).
 
-    With --eval these must be the checkpoint's. One line and status 2 if that cannot be.
+    `DenseSet` for detection and segmentation. With --eval the classes must be the checkpoint's. One
+    line and status 2 if that cannot be.
     """
+    if args.task in DENSE:
+        return build_scenes(args)
     train_source, val_source = train.open_data(args, args.image_size)
     if len(train_source.classes) < 2:
         fail(f"--data {args.data} has no classes: keep images in class folders")
@@ -737,28 +972,61 @@ def build_data(args):
     return train_set, val_set, args
 
 
+def build_scenes(args):
+    """`build_data` of detection and segmentation."""
+    with train.refusals():
+        sources = data.open_scenes(args.data, args.task, image_size=args.image_size)
+        if args.eval:
+            names = (args.checkpoint, args.data)
+            data.check_classes(args.classes, sources[1].classes, names)
+    sets, common = [], dict(image_size=args.image_size, seed=args.seed, task=args.task)
+    for source, limit in zip(sources, (args.limit_images, args.val_images), strict=True):
+        kept = data.choose_images(source, seed=args.seed, limit=limit or len(source)).tolist()
+        extra = dict(slide=args.slide) if sets else dict(scales=args.scales)
+        sets.append(data.DenseSet(source, kept, augment=not sets, **extra, **common))
+    if not args.eval:
+        train.check_one_step(sets[0], args)
+    args = argparse.Namespace(**vars(args) | {"classes": list(sources[1].classes)})
+    return *sets, args
+
+
 # ---- Benchmark -----------------------------------------------------------------------------------
 
 
-def benchmark(args, device):
-    """Time the training step on random images of 1000 classes; print one JSON line."""
-    weights, args = open_checkpoint(args)
-    args = argparse.Namespace(**vars(args) | {"classes": list(range(1000))})
-    run = build_run(args, weights, device)
-    run.classifier.train()
+def random_batch(args):
+    """Random images (B, 3, S, S) uint8 and targets, as a loader gives them for --task."""
     generator = torch.Generator().manual_seed(args.seed)
-    B, size = args.batch_size, args.image_size
-    images = torch.randint(0, 256, (B, 3, size, size), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(0, 1000, (B,), generator=generator)
+    B, S, classes = args.batch_size, args.image_size, len(args.classes)
+    images = torch.randint(0, 256, (B, 3, S, S), generator=generator, dtype=torch.uint8)
+    shape = {"detect": (B, 7), "segment": (B, S, S)}.get(args.task, (B,))  # COCO: 7 objects
+    labels = torch.randint(0, classes, shape, generator=generator)
+    if args.task != "detect":
+        return images, labels
+    corners, rows = torch.randint(0, S // 2, (B, 7, 2, 1, 1), generator=generator), torch.arange(S)
+    x, y = rows - corners[:, :, 0], rows[:, None] - corners[:, :, 1]
+    masks = (x >= 0) & (x < S // 4) & (y >= 0) & (y < S // 4)  # squares, (B, 7, S, S)
+    return images, [data.objects_in(m, n + 1) for m, n in zip(masks, labels, strict=True)]
+
+
+def benchmark(args, device):
+    """Time the training step on random images, of as many classes as the paper's data sets have.
+
+    Prints one JSON line.
+    """
+    weights, args = open_checkpoint(args)
+    classes = range({"detect": 80, "segment": 150}.get(args.task, 1000))
+    args = argparse.Namespace(**vars(args) | {"classes": list(classes)})
+    run, batch = build_run(args, weights, device), random_batch(args)
+    run.network.train()
     train.set_rate(run.opt, args.lr)
 
     def step(number, place):
-        step_gradients(run, [(images, labels)] * args.accum, {"step": number}, args)
+        step_gradients(run, [batch] * args.accum, {"step": number}, args)
         update(run, apply=True)
 
     seconds = train.time_steps(step, args.benchmark, 1, device)
     row = train.benchmark_row(run, seconds, args, task=args.task)
-    parameters = list(run.classifier.parameters())
+    parameters = list(run.network.parameters())
     row["parameters"] = sum(p.numel() for p in parameters)
     row["parameters_trained"] = sum(p.numel() for p in parameters if p.requires_grad)
     say(json.dumps(row))
@@ -776,6 +1044,14 @@ FINETUNE |= dict(layer_decay=0.75, drop_path=0.1)
 PLAIN |= dict(layer_decay=1.0, drop_path=0.0)
 TASKS = dict.fromkeys(("linear", "finetune", "knn", "logistic", "reconstruct"), PLAIN)
 TASKS["finetune"] = FINETUNE
+# PAPER SILENT: settings of detection and segmentation beyond rates, decay and epochs, which sec. 4
+# and Table 2 give for "all fine-tuned models". Ours: ViTDet's and MMSegmentation's layer-wise decay
+# for ViT-B, both their stochastic depth, and the widths of both their heads.
+SCENES = PLAIN | dict(weight_decay=0.05, drop_path=0.1)
+TASKS["detect"] = SCENES | dict(layer_decay=0.7, width=256)
+TASKS["segment"] = SCENES | dict(layer_decay=0.65, width=512)
+DENSE = ("detect", "segment")
+TRAINED = ("linear", "finetune", *DENSE)
 ONCE = ("knn", "logistic")  # see each image once, without augmentation
 PENALTIES = [10.0**n for n in range(-5, 0)]  # on the weights of logistic regression
 # `--demo`: measures what `train.py --demo` wrote against random weights, on two CPU cores.
@@ -797,9 +1073,10 @@ def build_parser():
     """Every flag of finetune.py; `--help` is the manual. Table 2's values are the defaults."""
     COUNT, NUMBER, POSITIVE = train.COUNT, train.NUMBER, train.POSITIVE
     parser = argparse.ArgumentParser(
-        description="Classify with a pre-trained encoder, measure reconstructions, export weights.",
-        usage="finetune.py --checkpoint FILE|none --task linear|finetune|knn|logistic|reconstruct "
-        "[--data PATH|shapes|cifar10] [flags; see --help]",
+        description="Classify, detect or segment with a pre-trained encoder, measure "
+        "reconstructions, export weights.",
+        usage="finetune.py --checkpoint FILE|none --task linear|finetune|knn|logistic|detect|"
+        "segment|reconstruct [--data PATH|shapes|cifar10] [flags; see --help]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     text = "of train.py, or another project's ViT-MAE; none: random weights; with --eval: of "
@@ -817,6 +1094,8 @@ def build_parser():
         ("--model", model.MAE_SIZES, None, "None = the checkpoint's; base for none"),
         ("--image-size", train.at_least(16), None, "side in pixels; None = the checkpoint's"),
         ("--patch-size", train.at_least(2), None, "None = the checkpoint's; 16 for none"),
+        ("--width", train.at_least(16), None, "of the heads; None = 256 detect, 512 segment"),
+        ("--slide", bool, False, "measure in windows, not the whole image at once; segment"),
         ("--k", COUNT, 20, "neighbours that vote; knn"),
         ("--temperature", POSITIVE, 0.07, "of the votes; knn"),
         ("--whiten", bool, False, "features first, see measure_features; knn"),
@@ -830,12 +1109,19 @@ def build_parser():
     )
     train.add_flags(
         parser,
-        "data",
+        "data (detect: COCO's layout, segment: ADE20K's, or shapes)",
         *train.DATA_FLAGS,
         ("--val-images", COUNT, None, "measure on so many; None = all"),
         ("--fraction", POSITIVE, None, "of each class's training labels, seeded"),
         ("--shots", COUNT, None, "training images per class, a seeded choice"),
-        ("--crop-min", POSITIVE, 0.08, "smallest crop, part of the area"),
+        ("--crop-min", POSITIVE, 0.08, "smallest crop, part of the area; linear, finetune"),
+        (
+            "--scales",
+            (NUMBER, NUMBER),
+            None,
+            "of random enlargement; 1 = the image fits (detect) or fills (segment) --image-size; "
+            "None = .1 to 2 detect, .5 to 2 segment",
+        ),
     )
     train.add_flags(
         parser,
@@ -862,8 +1148,8 @@ def build_parser():
             "--layer-decay",
             POSITIVE,
             None,
-            "rate of a layer relative to the one above; None = 0.75 "
-            "for finetune, 1 for other tasks and random weights",
+            "rate of a layer relative to the one above; None = 0.75 for finetune, 0.7 detect, 0.65 "
+            "segment, 1 for other tasks and random weights",
         ),
     )
     train.add_flags(
@@ -895,8 +1181,10 @@ def parse_args(argv=None):
         fail("random weights are nothing to measure or export; give a file with --checkpoint")
     if args.eval and args.task == "reconstruct":
         fail("--eval measures a classifier; --task reconstruct measures by itself")
-    if args.benchmark and args.task not in ("linear", "finetune"):
+    if args.benchmark and args.task not in TRAINED:
         fail(f"--benchmark times training steps, and --task {args.task} has none")
+    if args.task in DENSE:
+        check_dense(args)
     for name, value in TASKS[args.task].items():
         if getattr(args, name) is None:
             random = name == "layer_decay" and args.checkpoint == "none"
@@ -905,7 +1193,7 @@ def parse_args(argv=None):
         args.warmup_epochs = args.epochs * 10 / 130
     args.lr = args.lr or args.blr * train.images_per_step(args) / 256
     beside = "runs/none" if args.checkpoint == "none" else Path(args.checkpoint).parent
-    args.out = args.out or str(Path(beside) / args.task)
+    args.out = args.out or str(beside if args.eval else Path(beside) / args.task)
     if sum(v is not None for v in (args.fraction, args.shots, args.limit_images)) > 1:
         fail("--fraction, --shots and --limit-images exclude each other; give one")
     for name in ("fraction", "crop_min", "layer_decay", "label_smoothing", "drop_path"):
@@ -922,16 +1210,32 @@ def parse_args(argv=None):
     return args
 
 
+def check_dense(args):
+    """End with status 2 for flags that detection and segmentation cannot follow."""
+    names = ("fraction", "shots", "mixup", "cutmix", "label_smoothing", "rand_augment")
+    for name in (name for name in names if getattr(args, name)):
+        fail(f"--{name.replace('_', '-')} is for classification; leave it off for {args.task}")
+    if args.width and args.width % 16:
+        fail(f"--width {args.width} must be a multiple of 16")
+    if args.scales and not 0 < args.scales[0] <= args.scales[1]:
+        fail(f"--scales {args.scales} must be above 0, the smaller first")
+    if args.slide and args.task == "detect":
+        fail("--slide is for segmentation")
+
+
 # ---- Main ----------------------------------------------------------------------------------------
 
 
-def classify(args, device):
-    """Any classifying --task, or --eval -> (signal that ended it or 0, top-1 in per cent)."""
+def run_task(args, device):
+    """Any --task but reconstruct, or --eval -> (signal that ended it or 0, score in per cent).
+
+    The score is top-1, detection's box AP or segmentation's mIoU.
+    """
     weights, args = open_checkpoint(args)
     train_set, val_set, args = build_data(args)
     if args.eval:
         run = build_run(args, weights, device)
-        row = evaluate(run, shard(val_set, args), [])
+        row = run.evaluate(run, shard(val_set, args), [], args)
         train.write_row(row)
     elif args.task in ONCE:
         run, out = build_run(args, weights, device), Path(args.out)
@@ -940,8 +1244,8 @@ def classify(args, device):
         row = measure_features(run, train_set, val_set, args)
         train.write_row({"epoch": 0, "training_images": len(train_set), **row}, out)
     else:
-        return train_classifier(args, weights, train_set, val_set, device)
-    return 0, row["top1"]
+        return train_task(args, weights, train_set, val_set, device)
+    return 0, row[run.score]
 
 
 def demo(args, device):
@@ -955,7 +1259,7 @@ def demo(args, device):
         for task in ("knn", "logistic"):
             out = f"{args.out}/{task}_{name.split()[0].replace('-', '')}"
             own = sizes | {"checkpoint": checkpoint, "task": task, "out": out}
-            _, top1 = classify(argparse.Namespace(**vars(args) | own), device)
+            _, top1 = run_task(argparse.Namespace(**vars(args) | own), device)
             results.append(top1)
         table.append((name, *results))
     chance = 100 / len(train.open_data(args, settled.image_size)[0].classes)
@@ -985,7 +1289,7 @@ def main(argv=None):
     elif args.task == "reconstruct":
         measure_reconstructions(args, device)
     else:
-        stopped, _ = classify(args, device)
+        stopped, _ = run_task(args, device)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 128 + stopped if stopped else 0

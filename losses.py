@@ -1,16 +1,17 @@
 """Losses of Perceptual MAE (paper sec. 3.1, eq. 1-7), gradient regularisers (sec. 3.2), metrics.
 
-Self-contained: needs only torch. Images are float (B, 3, H, W) in [0, 1]; masks are (B, N)
-with 1 = hidden; feature maps come as lists of (B, C_j, H_j, W_j). Every loss returns a scalar, in
-float32 whatever the autocast.
+Self-contained: needs only torch and numpy. Images are float (B, 3, H, W) in [0, 1]; masks are
+(B, N) with 1 = hidden; feature maps come as lists of (B, C_j, H_j, W_j). Every loss returns a
+scalar, in float32 whatever the autocast.
 
 `LOSSES` is the one table from which `train.py --loss` chooses. In order: the pixel terms (MAE's
 masked MSE, eq. 1, eq. 2), the perceptual term (eq. 3), the adversarial pair (eq. 4 and 5), the
-regularisers, then metrics.
+regularisers, then metrics: of images, of sets of images, of detections, of class maps.
 """
 
 import math
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -317,6 +318,27 @@ def path_length_penalty(lengths, mean):
     return (lengths / mean - 1).square().mean()
 
 
+# ---- Segmentation (Table 3) ----------------------------------------------------------------------
+
+IGNORED = 255  # label of pixels that count nowhere
+
+
+def segmentation_loss(logits, target, aux_logits=None, aux_weight=0.4):
+    """Mean cross-entropy of the labelled pixels, plus `aux_weight` times that of the second head.
+
+    logits, aux_logits: (B, classes, H, W). target: (B, H, W), integers; 255 = ignored. Returns:
+    scalar, 0 with a gradient of 0 where all pixels are ignored (F.cross_entropy: NaN).
+    PAPER SILENT: the loss and the weight; both are mmsegmentation's, which divides by all pixels.
+    """
+    target = target.long()
+    labelled = (target != IGNORED).sum().clamp(min=1)
+
+    def mean(x):
+        return F.cross_entropy(x.float(), target, ignore_index=IGNORED, reduction="sum") / labelled
+
+    return mean(logits) + (0 if aux_logits is None else aux_weight * mean(aux_logits))
+
+
 # ---- Image metrics -------------------------------------------------------------------------------
 
 
@@ -442,3 +464,146 @@ def frechet_distance(mean_x, cov_x, mean_y, cov_y):
     trace = products[positive(products)].sqrt().sum()
     distance = (mean_x - mean_y).square().sum() + cov_x.trace() + cov_y.trace() - 2 * trace
     return distance.item()
+
+
+# ---- Average precision of detections (Table 3: COCO) ---------------------------------------------
+
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # T
+AREAS = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])  # A ranges, pixels
+RECALLS = np.linspace(0, 1, 101)
+
+
+def overlaps(found, truth, crowd):
+    """Intersection over union of D detections with G objects, (D, G), and the former's areas (D,).
+
+    found, truth: float64 boxes (D, 4) and (G, 4), xyxy, or bool masks (D, H, W) and (G, H, W).
+    Of groups, crowd (G,), the intersection over the detection's own area.
+    """
+    if found.ndim == 3:
+        pixels = found[0].size  # float32: fast, and exact up to 16.7 million of them
+        found, truth = (x.reshape(-1, pixels).astype(np.float32) for x in (found, truth))
+        shared, area, other = found @ truth.T, found.sum(axis=1), truth.sum(axis=1)
+        shared, area, other = (x.astype(np.float64) for x in (shared, area, other))
+    else:
+        low = np.maximum(found[:, None, :2], truth[None, :, :2])
+        high = np.minimum(found[:, None, 2:], truth[None, :, 2:])
+        shared = (high - low).clip(0).prod(axis=2)
+        area, other = ((x[:, 2:] - x[:, :2]).prod(axis=1) for x in (found, truth))
+    union = np.where(crowd, area[:, None], area[:, None] + other - shared)
+    return shared / np.maximum(union, 1e-12), area
+
+
+def match_class(ious, crowd, ignored):
+    """Give detections of one class, best first, an object each: two bool arrays (D, A, T).
+
+    ious: (D, G), crowd: (G,), ignored: (A, G), objects that count neither way in an area range.
+    Returns: was there an object? is it ignored? One detection at a time takes the free object of
+    the largest overlap, a group however often, and an ignored one only where no other is left.
+    """
+    D, G = ious.shape
+    A, T = len(ignored), len(IOU_THRESHOLDS)
+    hit, unseen = np.zeros((D, A, T), bool), np.zeros((D, A, T), bool)
+    taken = np.zeros((A, T, G), bool)
+    for d in range(D if G else 0):
+        fits = (ious[d] >= IOU_THRESHOLDS[:, None]) & (~taken | crowd)  # (A, T, G)
+        rank = np.where(fits, ious[d] + np.where(ignored, 0, 2)[:, None], -1)
+        picked = G - 1 - rank[..., ::-1].argmax(axis=2)  # of equals the last, as COCO
+        hit[d] = fits.any(axis=2)
+        unseen[d] = hit[d] & np.take_along_axis(ignored, picked, axis=1)
+        taken |= hit[d][..., None] & (picked[..., None] == np.arange(G))
+    return hit, unseen
+
+
+def match_detections(found, truth, *, masks=False):
+    """Compare an image's detections with its objects -> a dict of small arrays for `coco_ap`.
+
+    found: {"scores" (D,), "labels" (D,), "boxes" (D, 4) or, with masks=True, "masks" (D, H, W)}.
+    truth: {"labels" (G,), "crowd" (G,), "area" (G,), and the same}. CPU tensors; boxes are xyxy,
+    all in pixels of the image itself, since AREAS are. The best 100 of each class take part.
+    """
+    key = "masks" if masks else "boxes"
+    found, truth = ({k: np.asarray(v) for k, v in x.items()} for x in (found, truth))
+    found[key], truth[key] = (x[key].astype(bool if masks else np.float64) for x in (found, truth))
+    low, high = AREAS.T[:, :, None]
+    ignored = (truth["area"] < low) | (truth["area"] > high) | truth["crowd"]  # (A, G)
+    chosen, hits, unseen = [np.zeros(0, np.int64)], [], []
+    for label in np.unique(found["labels"]):
+        best = np.flatnonzero(found["labels"] == label)
+        best = best[np.argsort(-found["scores"][best], kind="stable")][:100]
+        mine = np.flatnonzero(truth["labels"] == label)
+        ious, area = overlaps(found[key][best], truth[key][mine], truth["crowd"][mine])
+        hit, skip = match_class(ious, truth["crowd"][mine], ignored[:, mine])
+        outside = ((area < low) | (area > high)).T[:, :, None]  # (D, A, 1)
+        chosen, hits, unseen = [*chosen, best], [*hits, hit], [*unseen, skip | (~hit & outside)]
+    chosen, none = np.concatenate(chosen), np.zeros((0, len(AREAS), len(IOU_THRESHOLDS)), bool)
+    return {
+        "labels": found["labels"][chosen],
+        "scores": found["scores"][chosen],
+        "hit": np.concatenate([none, *hits]),  # (D, A, T): is there an object?
+        "unseen": np.concatenate([none, *unseen]),  # (D, A, T): counts neither way
+        "truth": truth["labels"],
+        "counted": ~ignored.T,  # (G, A)
+    }
+
+
+def coco_ap(matches):
+    """COCO's average precision -> {"ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"}.
+
+    matches: `match_detections` of every image, by ascending image id (equal scores keep the order).
+    Precision, made to fall with recall, is averaged over 101 recalls, over the classes that have
+    objects and, but for ap50 and ap75, over the IoUs .5 to .95: in [0, 1], or -1 without objects.
+    """
+    pool = {name: np.concatenate([match[name] for match in matches]) for name in matches[0]}
+    order = np.argsort(-pool["scores"], kind="stable")
+    labels, hit, unseen = (pool[name][order] for name in ("labels", "hit", "unseen"))
+    classes = np.unique(pool["truth"])
+    precision = np.full((len(classes), len(AREAS), len(IOU_THRESHOLDS)), np.nan)
+    for k, a, t in np.ndindex(precision.shape):
+        objects = pool["counted"][pool["truth"] == classes[k], a].sum()
+        right = hit[(labels == classes[k]) & ~unseen[:, a, t], a, t]
+        if objects:
+            found = right.cumsum()
+            curve = found / np.arange(1, len(found) + 1)
+            curve = np.maximum.accumulate(curve[::-1])[::-1]  # the best at this recall or more
+            place = np.searchsorted(found / objects, RECALLS)  # past the end: never reached
+            precision[k, a, t] = np.append(curve, 0)[place].mean()
+
+    def mean(values):
+        values = values[~np.isnan(values)]
+        return values.mean().item() if len(values) else -1.0
+
+    scores = {"ap": precision[:, 0], "ap50": precision[:, 0, 0], "ap75": precision[:, 0, 5]}
+    for a, name in enumerate(("ap_small", "ap_medium", "ap_large"), start=1):
+        scores[name] = precision[:, a]
+    return {name: mean(values) for name, values in scores.items()}
+
+
+# ---- Scores of class maps (Table 3: ADE20K) ------------------------------------------------------
+
+
+def confusion_matrix(prediction, target, classes):
+    """(classes, classes) int64, pixels by true (row) and predicted class; sums over images add up.
+
+    prediction, target: integers of one shape; target 255, unknown, does not count.
+    """
+    known = target != 255
+    pairs = target[known].long() * classes + prediction[known].long()
+    return pairs.bincount(minlength=classes * classes).view(classes, classes)
+
+
+def segmentation_scores(matrix):
+    """`confusion_matrix` of a whole set -> {"miou", "miou_all", "pixel_accuracy"} in [0, 1].
+
+    IoU of a class: pixels rightly given to it, of those that are or were given to it. miou: mean
+    over classes in truth or prediction (MMSegmentation's); miou_all: over all, absent ones count
+    as 0 (the SceneParsing benchmark's).
+    """
+    matrix = matrix.double()
+    right = matrix.diagonal()
+    union = matrix.sum(dim=0) + matrix.sum(dim=1) - right
+    iou = right / union.clamp(min=1)
+    return {
+        "miou": (iou.sum() / (union > 0).sum()).item(),
+        "miou_all": iou.mean().item(),
+        "pixel_accuracy": (right.sum() / matrix.sum()).item(),
+    }

@@ -1,8 +1,9 @@
-"""Networks of Perceptual MAE: ViT encoder, MAE and MSG-MAE, classifier, discriminators, ADA.
+"""Networks of Perceptual MAE: ViT encoder, MAE and MSG-MAE, discriminators, ADA, fine-tuning.
 
 Implements the MAE of He et al. 2022 as the Perceptual MAE paper configures it (sec. 4 and the
 supplement's Table 1), its skip connections (sec. 3.3), the discriminators D of sec. 3.1 and 3.2,
-each of which is also the loss network phi, and adaptive discriminator augmentation (sec. 3.2).
+each of which is also the loss network phi, adaptive discriminator augmentation (sec. 3.2), and
+what fine-tuning puts on the encoder: classifier (sec. 4), detector, segmenter (supplement A.2).
 
 Self-contained: needs only torch. Every network takes images as float (B, 3, H, W) in [0, 1]
 and normalises them on its own first line; reconstructions come back in the same units. Parameter
@@ -1061,11 +1062,331 @@ class Classifier(nn.Module):
         return [embedding, *(list(b.parameters()) for b in self.encoder.blocks), top]
 
 
+def build_encoder(size, image_size, patch_size, drop):
+    """The encoder of a size in MAE_SIZES; ValueError if the patch size does not fit the image."""
+    sizes = {k: MAE_SIZES[size][k] for k in ("width", "depth", "heads")}
+    return ViT(image_size=image_size, patch_size=patch_size, drop=drop, **sizes)
+
+
 def build_classifier(size, classes, *, image_size, patch_size, pool, frozen, drop=0.0):
     """A classifier of a size in MAE_SIZES; ValueError if the patch size does not fit the image."""
-    sizes = {k: MAE_SIZES[size][k] for k in ("width", "depth", "heads")}
-    encoder = ViT(image_size=image_size, patch_size=patch_size, drop=drop, **sizes)
-    return Classifier(encoder, classes, pool, frozen)
+    return Classifier(build_encoder(size, image_size, patch_size, drop), classes, pool, frozen)
+
+
+# ---- Dense tasks: levels of a ViT as maps of four sizes (supplement A.2) -------------------------
+
+
+def group_norm(channels):
+    """GroupNorm of at most 32 groups, of 8 channels or more; `channels` is a multiple of 8.
+
+    PAPER SILENT: the norm of heads and pyramids. This one has no running statistics, so that it
+    does the same in training and use, for any batch and on any number of processes; it takes a
+    single image, a 1 x 1 map and 0 regions (BatchNorm, UperNet's own, takes none of the three).
+    """
+    return nn.GroupNorm(math.gcd(32, channels // 8), channels)
+
+
+class FeaturePyramid(nn.Module):
+    """A ViT's levels as maps of 1/4, 1/2, 1 and 2 patches a cell: strides 4 to 32 at 16 px patches.
+
+    PAPER: supplement A.2. A ViT has one scale; levels [0, 4, 8, 12] of its 12 blocks are resampled
+    to the four of a convolutional network, "bilinear interpolation is used with a scale factor of
+    two (if required) followed by a 3x3 convolution"; down, "a 3x3 convolution" (here of stride 2).
+    PAPER SILENT: which level gives which map (early ones the fine maps); one convolution per
+    factor of two; its width, `width` from the first on, since the ViT's own would cost half as much
+    as the encoder; a norm per level. The last level's norm is the encoder's own, pre-trained.
+    """
+
+    def __init__(self, encoder, width):
+        super().__init__()
+        C, p, side = encoder.cls_token.shape[-1], encoder.patch_size, encoder.side
+        if p < 4 or side % 2:
+            raise ValueError(
+                f"{p * side} px images of {p} px patches give no maps of 1/4 to 2 patches a cell; "
+                f"use patches of 4 px or more, and images of a multiple of {2 * p} px"
+            )
+        self.encoder, self.image_size = encoder, p * side
+        self.levels = [round(i * len(encoder.blocks) / 3) for i in range(3)]  # and the last
+        self.norms = nn.ModuleList(nn.LayerNorm(C, eps=1e-6) for _ in self.levels)
+        fine = nn.Sequential(*self.up(C, width), *self.up(width, width))
+        coarse = nn.Conv2d(C, width, 3, stride=2, padding=1)
+        self.resample = nn.ModuleList(
+            [fine, nn.Sequential(*self.up(C, width)), nn.Identity(), coarse]
+        )
+        self.channels = [width, width, C, width]  # of the four maps
+
+    @staticmethod
+    def up(c_in, c_out):
+        """Layers (B, c_in, h, w) -> (B, c_out, 2 h, 2 w)."""
+        grow = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
+        return grow, nn.Conv2d(c_in, c_out, 3, padding=1)
+
+    def maps(self, images):
+        """Images (B, 3, S, S) in [0, 1] -> four maps (B, C_j, s, s), s = S / (p/4, p/2, p, 2 p)."""
+        S, side = self.image_size, self.encoder.side
+        if images.shape[2:] != (S, S):  # 16 patches can also be 2 x 8
+            raise ValueError(f"images of {list(images.shape[2:])} for a network of {S} px squares")
+        last, levels = self.encoder.encode(images, levels=self.levels)  # (B, 1 + N, C) each
+        tokens = [norm(x) for norm, x in zip(self.norms, levels, strict=True)] + [last]
+        grids = [x[:, 1:].transpose(1, 2).unflatten(2, (side, side)) for x in tokens]
+        return [layers(x) for layers, x in zip(self.resample, grids, strict=True)]
+
+    def layers(self):
+        """Parameters from input to output, [[embedding], [block 1], ..., [norm, maps, heads]]."""
+        embedding = [self.encoder.cls_token, *self.encoder.patch_embed.parameters()]
+        top = [p for name, p in self.named_parameters() if not name.startswith("encoder.")]
+        top += self.encoder.norm.parameters()
+        return [embedding, *(list(b.parameters()) for b in self.encoder.blocks), top]
+
+
+# ---- Detection: Mask R-CNN over the pyramid (supplement A.2, Table 3) ----------------------------
+
+MASK_SIDE = 28  # cells of a predicted mask, which spans its box
+
+
+def mask_targets(masks, boxes, matched):
+    """What the mask head should predict in each box: (R, 28, 28) in [0, 1].
+
+    masks: (N, H, W), the image's objects. boxes: (R, 4), x0 y0 x1 y1 in pixels, (0, 0) = the
+    image's corner. matched: (R,), the object in each box. Pixel i has its centre at i + .5
+    (aligned=True), as `paste_masks` takes it; torchvision's own targets lie half a pixel off.
+    """
+    from torchvision.ops import roi_align
+
+    rois = torch.cat([matched[:, None].to(boxes), boxes], dim=1)  # (R, 5)
+    return roi_align(masks[:, None].to(boxes), rois, MASK_SIDE, aligned=True)[:, 0]
+
+
+def paste_masks(masks, boxes, height, width, threshold=0.5):
+    """Masks of boxes -> masks of the image, bool (N, height, width).
+
+    masks: (N, 28, 28), probabilities over each box. boxes: (N, 4), x0 y0 x1 y1 in pixels of the
+    image of height x width. A pixel belongs to an object if its centre, i + .5, is in the box and
+    the probability there, interpolated, is `threshold` or more. One mask at a time, and only inside
+    its box: the float values of 100 whole images of 1024 px would take 400 MB.
+    """
+    pasted = masks.new_zeros((len(masks), height, width), dtype=torch.bool)
+    rows, columns = (torch.arange(n, device=masks.device) + 0.5 for n in (height, width))
+    limits = boxes.new_tensor([width, height, width, height])
+    corners = (boxes - 0.5).ceil().clamp(min=0).minimum(limits).int().tolist()
+    for i, (left, top, right, bottom) in enumerate(corners):
+        if left >= right or top >= bottom:  # no pixel's centre in the box
+            continue
+        box, mask = boxes[i], masks[i][None, None].float()  # (1, 1, 28, 28)
+        x = (columns[left:right] - box[0]) / (box[2] - box[0]) * 2 - 1  # -1 to 1 across the box
+        y = (rows[top:bottom] - box[1]) / (box[3] - box[1]) * 2 - 1
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=2)[None]  # (1, h, w, 2)
+        inside = F.grid_sample(mask, grid, padding_mode="border", align_corners=False)
+        pasted[i, top:bottom, left:right] = inside[0, 0] >= threshold
+    return pasted
+
+
+class Detector(FeaturePyramid):
+    """Mask R-CNN (He et al. 2017) over the pyramid of a ViT: boxes, classes and masks of objects.
+
+    PAPER: supplement A.2, "the original Mask-RCNN head" over an FPN. FPN, RPN and heads are
+    torchvision's; its own frame is not, which resizes images, infers scales from the first batch
+    and moves masks by half a pixel. To copy: needs torchvision too.
+    PAPER SILENT: width of the FPN (256, its own), norm (GroupNorm), and the heads' depth: an RPN of
+    two convolutions, a box head of four and a linear layer, as detectors with a plain ViT have
+    them (Li et al. 2021, ViTDet).
+    """
+
+    def __init__(self, encoder, classes, width=256):
+        from torchvision.models.detection import MaskRCNN, faster_rcnn, mask_rcnn, rpn
+        from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+        from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+        super().__init__(encoder, width)
+        self.classes, p, S = classes, encoder.patch_size, self.image_size
+        self.fpn = FeaturePyramidNetwork(
+            self.channels, width, extra_blocks=LastLevelMaxPool(), norm_layer=group_norm
+        )
+        # PAPER SILENT: anchors and sampling. One size per map, of FPN's 8 cells (32 to 512 px at
+        # patches of 16), fewer where the largest would exceed the image; under 4 px they round
+        # to nothing. An object of 14 patches is pooled from the map of one patch a cell. Heads
+        # learn from 512 regions an image and judge 1000, or fewer where there are few patches.
+        strides = [p * 2.0**i for i in range(-2, 3)]
+        sizes = [(max(4.0, min(8.0, S / strides[-1]) * stride),) for stride in strides]
+        scale = dict(
+            featmap_names=["0", "1", "2", "3"],
+            sampling_ratio=2,
+            canonical_scale=14 * p,
+            canonical_level=p.bit_length() - 1,
+        )
+        samples = min(512, 2 * encoder.side**2)
+        layers, outputs = 4 * [width], classes + 1  # 0 = background
+        parts = MaskRCNN(
+            SimpleNamespace(out_channels=width),  # no backbone: `forward` calls the parts
+            rpn_anchor_generator=rpn.AnchorGenerator(tuple(sizes), 5 * ((0.5, 1.0, 2.0),)),
+            rpn_head=rpn.RPNHead(width, 3, conv_depth=2),
+            box_roi_pool=MultiScaleRoIAlign(output_size=7, **scale),
+            box_head=faster_rcnn.FastRCNNConvFCHead(
+                (width, 7, 7), layers, [4 * width], norm_layer=group_norm
+            ),
+            box_predictor=faster_rcnn.FastRCNNPredictor(4 * width, outputs),
+            mask_roi_pool=MultiScaleRoIAlign(output_size=MASK_SIDE // 2, **scale),
+            mask_head=mask_rcnn.MaskRCNNHeads(width, layers, 1, norm_layer=group_norm),
+            mask_predictor=mask_rcnn.MaskRCNNPredictor(width, width, outputs),
+            box_batch_size_per_image=samples,
+            rpn_post_nms_top_n_test=min(1000, 2 * samples),
+        )
+        self.rpn, self.roi_heads = parts.rpn, parts.roi_heads
+
+    def forward(self, images, targets=None):
+        """Images (B, 3, S, S) in [0, 1] -> five losses by name, or in evaluation mode detections.
+
+        targets: in training, a dict for each image: boxes, float32 (N, 4), x0 y0 x1 y1 in pixels;
+        labels, int64 (N,), 1 to `classes`; masks, (N, S, S), 0 or 1. N may be 0.
+        Detections: a dict for each image, best first: boxes (N, 4), labels (N,), scores (N,) and
+        masks (N, 28, 28), probabilities for `paste_masks`. At most 100 with scores above .05.
+        Draws samples from torch's global generator. ValueError if targets are not as above.
+        """
+        sizes = [tuple(images.shape[2:])] * len(images)
+        if self.training:
+            self.check(targets)
+        maps = self.fpn({str(i): x for i, x in enumerate(self.maps(images))})
+        # float32 whatever the autocast: torchvision gives anchors and boxes the type of the maps,
+        # and bf16 has steps of 4 px near 1000.
+        with torch.autocast(images.device.type, enabled=False):
+            maps = {name: x.float() for name, x in maps.items()}
+            batch = SimpleNamespace(tensors=images, image_sizes=sizes)  # torchvision's ImageList
+            proposals, losses = self.rpn(batch, maps, targets)
+            if self.training:
+                return losses | self.head_losses(maps, proposals, sizes, targets)
+            found, _ = self.roi_heads(maps, proposals, sizes)
+        return [image | {"masks": image["masks"].squeeze(1)} for image in found]
+
+    def head_losses(self, maps, proposals, sizes, targets):
+        """Losses of box and mask head on a sample of the RPN's proposals -> {name: scalar}.
+
+        torchvision's own steps, written out for the sake of the masks (see `mask_targets`).
+        """
+        from torchvision.models.detection.roi_heads import fastrcnn_loss
+
+        heads = self.roi_heads
+        boxes, matched, labels, deltas = heads.select_training_samples(proposals, targets)
+        features = heads.box_head(heads.box_roi_pool(maps, boxes, sizes))
+        logits, offsets = heads.box_predictor(features)
+        classifier, box_reg = fastrcnn_loss(logits, offsets, labels, deltas)
+        # Masks are learnt where a sample hits an object, and for that object's class alone.
+        hits = [found > 0 for found in labels]
+        boxes = [b[hit] for b, hit in zip(boxes, hits, strict=True)]
+        wanted = torch.cat(
+            [
+                mask_targets(t["masks"], b, m[hit])
+                for t, b, m, hit in zip(targets, boxes, matched, hits, strict=True)
+            ]
+        )  # (R, 28, 28)
+        x = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(maps, boxes, sizes)))
+        of_class = torch.cat(labels)[torch.cat(hits)]  # (R,)
+        x = x[torch.arange(len(x), device=x.device), of_class]  # (R, 28, 28)
+        # As a sum: without a hit, this is 0 and still gives every parameter a gradient.
+        mask = F.binary_cross_entropy_with_logits(x, wanted, reduction="sum")
+        mask = mask / max(1, wanted.numel())
+        return {"loss_classifier": classifier, "loss_box_reg": box_reg, "loss_mask": mask}
+
+    def check(self, targets):
+        """ValueError for targets that would be taken, silently, for something else."""
+        S = self.image_size
+        for target in targets:
+            boxes, labels, masks = (target[name] for name in ("boxes", "labels", "masks"))
+            wrong = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
+            wrong |= (labels < 1) | (labels > self.classes)  # 0 would be background
+            if wrong.any() or masks.shape != (len(boxes), S, S):
+                raise ValueError(
+                    f"boxes without area, or labels that are not in 1 to {self.classes}: "
+                    f"{boxes[wrong].tolist()}, {labels[wrong].tolist()}; or masks that are not "
+                    f"{[len(boxes), S, S]}: {list(masks.shape)}"
+                )
+
+
+# ---- Segmentation: UperNet over the pyramid (supplement A.2, Table 3) ----------------------------
+
+
+def conv_norm(c_in, c_out, kernel):
+    """Convolution, norm, ReLU: (B, c_in, h, w) -> (B, c_out, h, w)."""
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, group_norm(c_out), nn.ReLU())
+
+
+def resize(x, side):
+    """(B, C, h, w) -> (B, C, side, side), bilinear."""
+    return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
+
+
+class Segmenter(FeaturePyramid):
+    """UperNet (Xiao et al. 2018) over the pyramid of a ViT: a class for every pixel.
+
+    PAPER: supplement A.2. PAPER SILENT: all else; the head is that of mmsegmentation's ViTs, where
+    the first maps are fused as an FPN does and the last is pooled to the image's context, with a
+    second head on the map of one patch a cell, in training alone. GroupNorm replaces its
+    SyncBatchNorm; and the last layers start as torch has them: its N(0, .01), made for a width of
+    512, holds narrow heads back by some 100 steps.
+    """
+
+    BINS = (1, 2, 3, 6)  # sides to which the last map is pooled
+
+    def __init__(self, encoder, classes, width=512):
+        super().__init__(encoder, width)
+        *channels, last = self.channels
+        self.pooled = nn.ModuleList(conv_norm(last, width, 1) for _ in self.BINS)
+        self.context = conv_norm(last + len(self.BINS) * width, width, 3)
+        self.laterals = nn.ModuleList(conv_norm(c, width, 1) for c in channels)
+        self.smooth = nn.ModuleList(conv_norm(width, width, 3) for _ in channels)
+        self.fuse = nn.Sequential(conv_norm(4 * width, width, 3), nn.Dropout2d(0.1))
+        self.aux = nn.Sequential(conv_norm(channels[-1], width // 2, 3), nn.Dropout2d(0.1))
+        self.classify = nn.Conv2d(width, classes, 1)
+        self.aux_classify = nn.Conv2d(width // 2, classes, 1)
+
+    def forward(self, images):
+        """Images (B, 3, S, S) in [0, 1] -> logits (B, classes, S, S), float32.
+
+        In training: (logits, those of the second head), for `segmentation_loss`. Both are computed
+        at 1/4 and 1 patch a cell, and enlarged bilinearly.
+        """
+        maps, S = self.maps(images), images.shape[-1]
+        x = self.fuse(self.decode(maps))
+        # float32 whatever the autocast: half precision would tie logits that differ by a 16th
+        with torch.autocast(images.device.type, enabled=False):
+            logits = resize(self.classify(x.float()), S)
+        if not self.training:
+            return logits
+        x = self.aux(maps[2])
+        with torch.autocast(images.device.type, enabled=False):
+            return logits, resize(self.aux_classify(x.float()), S)
+
+    def decode(self, maps):
+        """The pyramid's four maps -> (B, 4 width, s, s), each as large as the finest."""
+        *maps, last = maps
+        pooled = [
+            resize(layers(F.adaptive_avg_pool2d(last, side)), last.shape[-1])
+            for layers, side in zip(self.pooled, self.BINS, strict=True)
+        ]
+        merged = [self.context(torch.cat([last, *pooled], dim=1))]
+        laterals = [layers(x) for layers, x in zip(self.laterals, maps, strict=True)]
+        for x in reversed(laterals):  # what is coarser is added to what is finer
+            merged.insert(0, x + resize(merged[0], x.shape[-1]))
+        fine = [layers(x) for layers, x in zip(self.smooth, merged[:-1], strict=True)]
+        side = fine[0].shape[-1]
+        return torch.cat([resize(x, side) for x in [*fine, merged[-1]]], dim=1)
+
+
+def build_detector(size, classes, *, image_size, patch_size, drop=0.0, width=256):
+    """A detector on an encoder of a size in MAE_SIZES; ValueError if sizes do not fit each other.
+
+    classes: without the background. drop: see `ViT`. width: channels of the FPN and the heads, a
+    multiple of 8.
+    """
+    return Detector(build_encoder(size, image_size, patch_size, drop), classes, width)
+
+
+def build_segmenter(size, classes, *, image_size, patch_size, drop=0.0, width=512):
+    """A segmenter on an encoder of a size in MAE_SIZES; ValueError if sizes do not fit each other.
+
+    drop: see `ViT`. width: channels of the head, a multiple of 16.
+    """
+    return Segmenter(build_encoder(size, image_size, patch_size, drop), classes, width)
 
 
 # ---- Loss networks phi with published weights (eq. 7, and VGG) -----------------------------------

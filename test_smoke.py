@@ -173,7 +173,7 @@ def kept_in(out):
 
 def same_weights(*outs):
     """The checkpoints of two runs hold the same weights, bit for bit."""
-    parts = ("mae", "disc", "classifier")
+    parts = ("mae", "disc", "classifier", "detector", "segmenter")
     a, b = (
         {(part, k): v for part in parts for k, v in kept.get(part, {}).items()}
         for kept in map(kept_in, outs)
@@ -298,6 +298,79 @@ def test_psnr_and_ssim_metrics_equal_closed_forms_and_a_slow_loop():
     window = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.5**2))
     u4, v4 = (torch.tensor(a, dtype=torch.float32).expand(1, 3, 14, 14) for a in (u, v))
     close(losses.ssim(u4, v4), slow_ssim(u, v, window / window.sum()), 1e-5)
+
+
+def ap_of(truth, found, *, crowd=(), area=None, masks=False):
+    """`losses.coco_ap` of one image and class; truth: [box]; found: [(score, box)], xyxy."""
+
+    def pack(boxes):
+        boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+        drawn = torch.zeros(len(boxes), 64, 64, dtype=torch.bool)
+        for mask, (left, top, right, bottom) in zip(drawn, boxes.int().tolist(), strict=True):
+            mask[top:bottom, left:right] = True
+        return {"labels": torch.ones(len(boxes)), "boxes": boxes, "masks": drawn}
+
+    objects = pack(truth) | {"crowd": torch.zeros(len(truth), dtype=torch.bool)}
+    objects["crowd"][list(crowd)] = True
+    objects["area"] = objects["masks"].sum((1, 2)).float() if area is None else torch.tensor(area)
+    detections = pack([box for _, box in found]) | {"scores": torch.tensor([s for s, _ in found])}
+    return losses.coco_ap([losses.match_detections(detections, objects, masks=masks)])
+
+
+A, B = [0, 0, 10, 10], [20, 0, 30, 10]  # two objects
+FAR = [40, 40, 50, 50]  # where there is none
+
+
+def test_average_precision_has_its_hand_values():
+    for truth, found, expected in (
+        ([A], [(0.9, A)], 1.0),
+        ([A], [(0.9, [0, 0, 8, 10])], 0.7),  # IoU .8 passes .5, .55, ..., .8
+        ([A], [(0.9, [0, 0, 6, 10])], 0.3),
+        ([A], [(0.9, [0, 0, 5, 10])], 0.1),
+        ([A], [(0.9, FAR), (0.8, A)], 0.5),  # precision 1/2 at every recall
+        ([A], [(0.9, A), (0.8, A), (0.7, FAR)], 1.0),  # what is wrong below costs nothing
+        ([A, B], [(0.9, A)], 51 / 101),  # recalls 0 to .50
+        ([A, B], [(0.9, A), (0.8, FAR), (0.7, B)], (51 + 50 * 2 / 3) / 101),
+        ([A, B], [(0.9, A), (0.8, A), (0.7, B)], (51 + 50 * 2 / 3) / 101),  # a duplicate is wrong
+        ([A], [], 0.0),
+        ([], [(0.9, FAR)], -1.0),
+    ):
+        close(ap_of(truth, found)["ap"], expected, 1e-12)
+        close(ap_of(truth, found, masks=True)["ap"], expected, 1e-12)  # rectangles
+
+
+def test_average_precision_lets_crowds_and_other_sizes_count_neither_way():
+    assert ap_of([A], [(0.9, A)], crowd=[0])["ap"] == -1
+    crowded = [(0.9, [20, 0, 24, 4]), (0.8, [25, 5, 29, 9]), (0.7, A)]  # two wholly in the crowd
+    for masks in (False, True):
+        assert ap_of([A, B], crowded, crowd=[1], masks=masks)["ap"] == 1
+    large = [0, 0, 50, 50]  # 2500 pixels: medium
+    scores = ap_of([large, B], [(0.9, large), (0.8, FAR)])
+    assert (scores["ap_medium"], scores["ap_small"], scores["ap_large"]) == (1, 0, -1)
+    # Sizes are of the listed area, whatever that of the box.
+    assert ap_of([A], [(0.9, A)], area=[1e4])["ap_large"] == 1
+
+
+def test_average_precision_pools_images_by_score_and_averages_classes():
+    one = {"labels": torch.tensor([1]), "boxes": torch.tensor([A]), "scores": torch.tensor([0.5])}
+    truth = {"labels": torch.tensor([1]), "boxes": torch.tensor([A]), "area": torch.tensor([100.0])}
+    truth["crowd"] = torch.tensor([False])
+    wrong = one | {"boxes": torch.tensor([FAR]), "scores": torch.tensor([0.9])}
+    pair = [losses.match_detections(one, truth), losses.match_detections(wrong, truth)]
+    close(losses.coco_ap(pair)["ap"], 51 / 101 / 2, 1e-12)  # the better score is the wrong one
+    other = {k: v + 1 if k == "labels" else v for k, v in truth.items()}
+    missed = losses.match_detections(wrong, other)  # class 2 was never found
+    close(losses.coco_ap([pair[0], missed])["ap"], (1 / 2 + 0) / 2, 1e-12)
+
+
+def test_segmentation_scores_have_their_hand_values():
+    target, prediction = torch.tensor([0, 0, 1, 1, 2, 255]), torch.tensor([0, 1, 1, 1, 0, 2])
+    matrix = losses.confusion_matrix(prediction, target, 4)  # class 3 is nowhere
+    scores = losses.segmentation_scores(matrix)
+    close(scores["pixel_accuracy"], 0.6, 1e-12)
+    close(scores["miou"], (1 / 3 + 2 / 3 + 0) / 3, 1e-12)
+    close(scores["miou_all"], (1 / 3 + 2 / 3 + 0 + 0) / 4, 1e-12)
+    assert matrix.sum() == 5 and matrix[0, 1] == 1  # truth 0, called 1
 
 
 # ---- Networks ------------------------------------------------------------------------------------
@@ -1455,8 +1528,8 @@ def test_pixels_and_logits_are_computed_in_float32_under_autocast():
     for task in ("linear", "finetune"):
         run, _ = probe_run("--task", task, "--amp", "bf16")
         with run.autocast():
-            assert run.classifier.encoder.blocks[0].mlp(torch.rand(1, 192)).dtype == torch.bfloat16
-            assert computed_in_float32(run.classifier(batch[0])), task
+            assert run.network.encoder.blocks[0].mlp(torch.rand(1, 192)).dtype == torch.bfloat16
+            assert computed_in_float32(run.network(batch[0])), task
 
 
 def test_d_loss_computes_no_gradient_of_the_reconstructions():
@@ -1843,6 +1916,339 @@ def test_curves_pass_through_their_values():
     close(columns[1], 162.0, 2.0)  # the smallest: the bottom
     close(columns[2], 96.0, 2.0)  # half way
     assert blue[:, 600:].sum() == 0 and blue[:, 352:582].any()
+
+
+# ---- Objects and class maps ----------------------------------------------------------------------
+
+
+def slow_polygon(polygon, height, width):
+    """COCO's rule in plain Python, one step of the outline at a time."""
+    corners = [int(5 * value + 0.5) for value in polygon]
+    corners = list(zip(corners[::2], corners[1::2], strict=True))
+    points = []
+    for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
+        wide, steps = abs(x1 - x0) >= abs(y1 - y0), max(abs(x1 - x0), abs(y1 - y0))
+        back = x0 > x1 if wide else y0 > y1
+        (ax, ay), (bx, by) = ((x1, y1), (x0, y0)) if back else ((x0, y0), (x1, y1))
+        for n in range(steps + 1):
+            n = steps - n if back else n
+            if wide:
+                slope = (by - ay) / steps if steps else 0
+                points.append((ax + n, int(ay + slope * n + 0.5)))
+            else:
+                points.append((int(ax + (bx - ax) / steps * n + 0.5), ay + n))
+    mask = np.zeros((height, width), bool)
+    for (u0, v0), (u1, v1) in itertools.pairwise(points):
+        column, row = (min(u0, u1) + 0.5) / 5 - 0.5, math.ceil((min(v0, v1) + 0.5) / 5 - 0.5)
+        if u0 != u1 and column == int(column) and 0 <= column < width:
+            # All that follows changes sides, in later columns, too: outlines close and undo it.
+            flat = mask.T.reshape(-1).copy()
+            flat[int(column) * height + min(max(row, 0), height) :] ^= True
+            mask = flat.reshape(width, height).T
+    return mask
+
+
+def test_polygons_cover_the_pixels_that_coco_gives_them():
+    box = data.polygons_to_mask([[2, 2, 6, 2, 6, 5, 2, 5]], 8, 9)
+    expected = np.zeros((8, 9), bool)
+    expected[2:5, 2:6] = True  # 12 pixels, where PIL fills 20
+    assert (box == expected).all()
+    assert data.polygons_to_mask([[2.5, 2.5, 6.5, 2.5, 6.5, 5.5, 2.5, 5.5]], 8, 9).sum() == 12
+    both = data.polygons_to_mask([[0, 0, 3, 0, 3, 3, 0, 3], [2, 2, 6, 2, 6, 5, 2, 5]], 8, 9)
+    assert both.sum() == 9 + 12 - 1  # parts unite where they meet
+    rng = np.random.default_rng(0)
+    for _ in range(40):  # partly outside of the image
+        polygon = rng.uniform(-4, 16, 2 * rng.integers(3, 8)).round(2).tolist()
+        assert (data.polygons_to_mask([polygon], 11, 13) == slow_polygon(polygon, 11, 13)).all()
+
+
+def test_run_lengths_are_compressed_as_coco_does_and_come_back():
+    mask = np.array([[0, 1, 1], [0, 1, 0]], bool)  # by columns: 0 0, 1 1, 1 0
+    assert data.mask_to_rle(mask) == {"size": [2, 3], "counts": "231"}
+    # Runs 0, 4, 2, 1: the fourth is 1 - 4 = -3, 29 in five bits; 29 + 48 is M.
+    assert data.mask_to_rle(np.array([[1, 1, 1, 1, 0, 0, 1]], bool))["counts"] == "042M"
+    assert data.mask_to_rle(np.zeros((40, 1), bool))["counts"] == "X1"  # 40 = 8 + 32 * 1
+    rng = np.random.default_rng(0)
+    for share in (0, 0.003, 0.1, 0.5, 1):
+        mask = rng.random((31, 47)) < share
+        packed = data.mask_to_rle(mask)
+        assert (data.rle_to_mask(packed["counts"], 31, 47) == mask).all()
+        runs = [0] * int(mask[0, 0]) + [len(list(g)) for _, g in itertools.groupby(mask.T.ravel())]
+        assert (data.rle_to_mask(runs, 31, 47) == mask).all()
+        message = refusal(data.rle_to_mask, packed["counts"], 31, 46)
+        assert "1457 pixels, not 31 x 46" in message
+
+
+def refusal(function, *args, **options):
+    """The message of the ValueError that a call must raise; it must have one line."""
+    try:
+        function(*args, **options)
+    except ValueError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    raise AssertionError("no ValueError")
+
+
+def coco_content():
+    """A tiny instances file: image 9 has a square and a crowd, image 4 nothing."""
+    square = {"id": 0, "image_id": 9, "category_id": 7, "bbox": [1, 2, 3, 4], "area": 11.5}
+    square |= {"iscrowd": 0, "segmentation": [[1, 2, 4, 2, 4, 6, 1, 6]]}
+    crowd = {"id": 1, "image_id": 9, "category_id": 90, "bbox": [0, 0, 1, 8], "area": 8}
+    crowd |= {"iscrowd": 1, "segmentation": {"size": [8, 12], "counts": [0, 8, 88]}}
+    return {
+        "images": [
+            {"id": number, "file_name": f"{number}.jpg", "width": 12, "height": 8}
+            for number in (9, 4)
+        ],
+        "categories": [{"id": 90, "name": "kite"}, {"id": 7, "name": "train"}],
+        "annotations": [square, crowd],
+    }
+
+
+def write_coco(root, content=None):
+    """Both splits of a data set in COCO's layout."""
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val"):
+        (root / f"{split}2017").mkdir(exist_ok=True)
+        for number in (9, 4):
+            Image.new("RGB", (12, 8), (number, 0, 0)).save(root / f"{split}2017" / f"{number}.jpg")
+        text = content if isinstance(content, str) else json.dumps(content or coco_content())
+        (root / "annotations" / f"instances_{split}2017.json").write_text(text)
+
+
+def write_ade(root, size=(12, 8), top=3):
+    """Both splits of a data set in ADE20K's layout, of three named classes."""
+    for split in ("training", "validation"):
+        for kind, suffix in (("images", "jpg"), ("annotations", "png")):
+            folder = root / kind / split
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in range(3):
+                picture = Image.new("RGB", (12, 8), (90, 90, 90))
+                if kind == "annotations":
+                    picture = Image.new("L", size, 0)
+                    picture.putpixel((1, 0), top)
+                picture.save(folder / f"{number}.{suffix}")
+    (root / "objectInfo.txt").write_text("Idx\tRatio\tName\n1\t.5\twall\n2\t.3\tsky\n3\t.2\ttree\n")
+
+
+def test_coco_scenes_read_what_the_files_say():
+    with scratch() as root:
+        write_coco(root)
+        scenes = data.CocoScenes(root, "train")
+        image, target = scenes[1]
+        empty = scenes[0][1]
+    assert (scenes.image_ids, scenes.category_ids, scenes.classes) == (
+        [4, 9],
+        [7, 90],
+        ["train", "kite"],
+    )
+    assert image.size == (12, 8) and target["labels"].tolist() == [1, 2]
+    assert target["boxes"].tolist() == [[1, 2, 4, 6], [0, 0, 1, 8]]
+    assert target["crowd"].tolist() == [False, True] and target["area"].tolist() == [11.5, 8]
+    expected = torch.zeros(2, 8, 12, dtype=torch.bool)
+    expected[0, 2:6, 1:4] = expected[1, :, 0] = True
+    assert torch.equal(target["masks"], expected)
+    assert empty["boxes"].shape == (0, 4) and empty["masks"].shape == (0, 8, 12)
+
+
+def test_coco_scenes_refuse_what_does_not_fit_in_one_line():
+    def changed(key, **values):
+        content = coco_content()
+        content[key][-1] |= values
+        return content
+
+    torn = json.dumps(coco_content())[:-30]
+    mask = {"size": [8, 11], "counts": [88]}
+    for content, words in (
+        (torn, "torn or not COCO's"),
+        ("[]", "torn or not COCO's"),
+        ('{"images": []}', "torn or not COCO's"),
+        (changed("annotations", image_id=5), "annotation 1 is of image 5, which is not listed"),
+        (changed("annotations", category_id=8), "annotation 1 is of category 8"),
+        (changed("annotations", segmentation=mask), "mask of [8, 11], its image [8, 12]"),
+        (changed("images", file_name="none.jpg"), "not there, such as"),
+    ):
+        with scratch() as root:
+            write_coco(root, content)
+            message = refusal(data.open_scenes, str(root), "detect", image_size=8)
+            assert words in message and str(root / "annotations") in message, message
+    with scratch() as root:
+        write_coco(root)
+        Image.new("RGB", (12, 9)).save(root / "val2017" / "4.jpg")
+        message = refusal(data.open_scenes, str(root), "detect", image_size=8)
+        assert "4.jpg has (12, 9) pixels" in message
+        assert "is ADE20K's layout" not in refusal(data.CocoScenes, root / "train2017", "val")
+
+
+def test_ade_scenes_read_their_files_and_refuse_what_does_not_fit():
+    with scratch() as root:
+        write_ade(root)
+        scenes = data.AdeScenes(root, "validation")
+        image, target = scenes[2]
+        assert scenes.classes == ["wall", "sky", "tree"] and image.size == (12, 8)
+        assert target.shape == (8, 12) and target.dtype == torch.uint8
+        assert target[0, 1] == 2 and (target == 255).sum() == 95  # 3 is class 2, 0 is ignored
+        for changes, words in (
+            ({"top": 4}, "0.png has label 4, beyond the 3 classes"),
+            ({"size": (8, 12)}, "0.png has (8, 12) pixels (width, height), its image (12, 8)"),
+        ):
+            write_ade(root, **changes)
+            assert words in refusal(data.open_scenes, str(root), "segment", image_size=8)
+        (root / "annotations" / "training" / "1.png").unlink()
+        assert "1 maps are missing, such as" in refusal(data.AdeScenes, root, "training")
+        (root / "objectInfo.txt").unlink()
+        assert len(data.AdeScenes(root, "validation").classes) == 150
+
+
+def test_each_task_recognises_the_other_tasks_layout():
+    with scratch() as root:
+        write_coco(root / "coco")
+        write_ade(root / "ade")
+        words = refusal(data.open_scenes, str(root / "ade"), "detect", image_size=8)
+        assert "this is ADE20K's layout, of segmentation" in words
+        words = refusal(data.open_scenes, str(root / "coco"), "segment", image_size=8)
+        assert "this is COCO's layout, of detection" in words
+        assert "does not exist" in refusal(data.open_scenes, "none", "detect", image_size=8)
+
+
+def test_shapes_give_the_visible_part_of_each_object():
+    shapes = data.Shapes("val", 32)
+    back, hidden, front = (
+        data.DrawnObject(kind, x, 0.5, radius, 0, "plain", 0, 0.1, 0, ())
+        for kind, x, radius in ((2, 0.4, 0.3), (5, 0.6, 0.05), (0, 0.6, 0.2))
+    )
+    with mock.patch.object(shapes, "scene", lambda index: [back, hidden, front]):
+        target, kinds = shapes.detection(0), shapes.segmentation(0)
+    expected = torch.zeros(32, 32, dtype=torch.uint8)
+    for row, column in itertools.product(range(32), repeat=2):
+        x, y = (column + 0.5) / 32, (row + 0.5) / 32
+        if max(abs(x - 0.4), abs(y - 0.5)) <= 0.3 * 0.7071:  # the square of class 2
+            expected[row, column] = 3
+        if math.hypot(x - 0.6, y - 0.5) <= 0.2:  # the disc before it, and before the cross
+            expected[row, column] = 1
+    assert torch.equal(kinds, expected)
+    assert target["labels"].tolist() == [3, 1]
+    assert torch.equal(target["masks"], torch.stack([expected == 3, expected == 1]))
+    assert target["area"].tolist() == [(expected == 3).sum(), (expected == 1).sum()]
+    # The disc: 12.8 to 25.6 by 9.6 to 22.4 px, so the centres 13.5 to 25.5 by 10.5 to 21.5.
+    assert target["boxes"][1].tolist() == [13, 10, 26, 22]
+
+
+def dense_set(task, count=6, **options):
+    """A `DenseSet` of shapes 48 px wide, at 32 px."""
+    scenes = data.ShapeScenes(data.Shapes("train", 48), task)
+    return data.DenseSet(scenes, range(count), image_size=32, seed=3, task=task, **options)
+
+
+def test_dense_samples_depend_on_seed_epoch_and_index_alone():
+    for task in ("detect", "segment"):
+        dataset = dense_set(task)
+        torch.manual_seed(1)
+        before = torch.get_rng_state()
+        first = [dataset[(1, index)] for index in range(6)]
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(2)
+        for index in (4, 0, 2):  # in any order
+            assert_close(dense_set(task)[(1, index)], first[index], rtol=0, atol=0)
+        assert not torch.equal(dataset[(2, 0)][0], first[0][0])
+        images, targets, _, bad = data.collate(first)
+        assert images.shape == (6, 3, 32, 32) and images.dtype == torch.uint8 and not bad
+        shape = targets.shape if task == "segment" else len(targets)
+        assert shape == ((6, 32, 32) if task == "segment" else 6)
+
+
+def test_maps_stay_on_their_image_in_random_views():
+    rows, columns = torch.arange(60)[:, None], torch.arange(90)
+    truth = ((rows // 15 + columns // 15) % 2).byte()  # a chessboard, its colours its classes
+    image = (truth * 255).expand(3, -1, -1).contiguous()
+    views = set()
+    for ratio in (0.35, 0.5, 0.8, 1.3, 2.6):
+        for seed in range(8):
+            torch.manual_seed(seed)
+            view, maps = data.random_view(image, truth[None], size=64, ratio=ratio, fill=255)
+            inside = maps[0] != 255
+            white, clear = view[0] > 127, (view[0] - 127.5).abs() > 10  # no tie of two fields
+            assert (white == (maps[0] == 1))[inside & clear].all(), ratio
+            assert (view[:, ~inside].T == torch.tensor(data.MEAN_COLOUR)).all()
+            height, width = inside.any(1).sum().item(), inside.any(0).sum().item()
+            assert inside[:height, :width].all()  # the rest is at the right and the bottom
+            expected = [min(64, round(60 * ratio)), min(64, round(90 * ratio))]
+            assert [height, width] == expected
+            views.add(maps.numpy().tobytes())
+    assert len(views) > 20  # of 40: mirrored only, where nothing is cut off
+
+
+def test_boxes_end_where_the_last_pixel_of_their_mask_ends():
+    masks = torch.zeros(3, 6, 8, dtype=torch.bool)
+    masks[0, 2, 3] = True
+    masks[1, 1:4, 2:7] = True
+    masks[2, 0, 0] = masks[2, 5, 7] = True
+    assert data.mask_boxes(masks).tolist() == [[3, 2, 4, 3], [2, 1, 7, 4], [0, 0, 8, 6]]
+    target = data.objects_in(torch.stack([masks[0] * 0, masks[1]]), torch.tensor([4, 5]))
+    assert target["labels"].tolist() == [5] and target["boxes"].tolist() == [[2, 1, 7, 4]]
+
+
+def test_training_leaves_out_crowds_and_evaluation_keeps_them():
+    with scratch() as root:
+        write_coco(root)
+        scenes = data.CocoScenes(root, "train")
+        common = dict(image_size=16, seed=0, task="detect")
+        trained = data.DenseSet(scenes, [0, 1], scales=(1.0, 1.0), **common)
+        measured = data.DenseSet(scenes, [1], augment=False, **common)
+        _, target, _, _ = trained[(1, 1)]
+        assert target["labels"].tolist() == [1] and target["masks"].shape == (1, 16, 16)
+        nothing = trained[(1, 0)][1]
+        assert nothing["boxes"].shape == (0, 4) and nothing["masks"].shape == (0, 16, 16)
+        image, target, _, _ = measured[(0, 0)]
+    assert target["crowd"].tolist() == [False, True] and target["index"] == 1
+    assert target["letterbox"] == data.Letterbox(8, 12, 11, 16)  # 8 * 16 / 12 = 10.7
+    assert (image[:, 11:].permute(1, 2, 0) == torch.tensor(data.MEAN_COLOUR)).all()
+
+
+def test_an_unreadable_scene_is_replaced_in_training_and_not_measured():
+    for task, write, Scenes, splits, name in (
+        ("detect", write_coco, data.CocoScenes, ("train", "val"), "train2017/4.jpg"),
+        ("segment", write_ade, data.AdeScenes, ("training",), "annotations/training/0.png"),
+    ):
+        with scratch() as root:
+            write(root)
+            scenes = Scenes(root, splits[0])
+            (root / name).write_bytes(b"torn")
+            common = dict(image_size=16, seed=0, task=task)
+            trained = data.DenseSet(scenes, [0, 1], **common)
+            (image, target, _, bad), other = trained[(1, 0)], trained[(1, 1)]
+            assert [index for index, _ in bad] == [0] and not other[3]
+            assert target is not None and image.shape == (3, 16, 16)
+            measured = data.DenseSet(scenes, [0, 1], augment=False, **common)
+            assert measured[(0, 0)][1] is None and measured[(0, 1)][1]["index"] == 1
+            alone = data.DenseSet(scenes, [0], **common)[(1, 0)]  # the run is about to end
+            assert len(alone[3]) == 1 and not alone[0].any()
+            data.collate([alone, other])
+
+
+def test_boxes_come_back_from_a_letterbox_and_stay_in_the_image():
+    generator = torch.Generator().manual_seed(0)
+    for height, width, size in ((427, 640, 224), (31, 1000, 64), (640, 426, 512), (50, 50, 64)):
+        image = torch.zeros(3, height, width, dtype=torch.uint8)
+        image[:, 0, 0] = 255
+        square, place = data.letterbox(image, size)
+        assert square.shape == (3, size, size)
+        corners = torch.rand(20, 2, 2, generator=generator) * torch.tensor([width, height])
+        boxes = torch.cat([corners.amin(dim=1), corners.amax(dim=1)], dim=1)
+        inside = boxes.clone()
+        inside[:, ::2] *= place.columns / width
+        inside[:, 1::2] *= place.rows / height
+        close(data.boxes_to_image(inside, place), boxes, 1e-3)
+        beyond = data.boxes_to_image(torch.tensor([[-5.0, -5.0, size + 5.0, size + 5.0]]), place)
+        close(beyond, [[0, 0, width, height]], 1e-3)
+        assert data.maps_to_image(torch.rand(2, size, size), place).shape == (2, height, width)
+
+
+def test_maps_come_back_from_a_letterbox_where_they_were():
+    place = data.Letterbox(20, 40, 8, 16)  # of a 16 px square
+    x = (torch.arange(16) + 0.5) * 40 / 16  # of each column's centre, in the image's pixels
+    back = data.maps_to_image(x.expand(1, 16, 16), place)[0]
+    close(back[:, 2:-2], (torch.arange(40) + 0.5).expand(20, 40)[:, 2:-2], 1e-4)
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -2398,6 +2804,7 @@ def test_only_the_first_process_exports():
 
 # ---- Fine-tuning ---------------------------------------------------------------------------------
 
+SMALL_HEADS = ["--model", "nano", "--width", "16"]  # of detection and segmentation
 PROBE = ["--batch-size", "4", "--workers", "0", "--data", "shapes", "--val-images", "9"]
 RANDOM = ["--checkpoint", "none", "--model", "tiny", "--image-size", "32", "--patch-size", "8"]
 
@@ -2428,12 +2835,12 @@ def test_drop_path_drops_whole_branches_and_keeps_the_mean():
     assert dropped.unique().tolist() == [0.0, torch.tensor(1 / 0.75).item()]
     close(dropped.mean(), 1.0, 0.03)  # standard error of the mean: .009
     run, _ = probe_run("--drop-path", 0.5)
-    rates = [block.drop for block in run.classifier.encoder.blocks]
+    rates = [block.drop for block in run.network.encoder.blocks]
     close(rates, [0, 0.1, 0.2, 0.3, 0.4, 0.5], 1e-9)
     images = tiny_batch()[0]
-    assert not torch.equal(run.classifier(images), run.classifier(images))
-    run.classifier.eval()
-    assert torch.equal(run.classifier(images), run.classifier(images))
+    assert not torch.equal(run.network(images), run.network(images))
+    run.network.eval()
+    assert torch.equal(run.network(images), run.network(images))
 
 
 def cubic(t, a=-0.75):
@@ -2487,16 +2894,16 @@ def test_standardizing_equals_batch_norm_without_weights():
 
 def test_a_probe_trains_its_head_alone():
     run, args = probe_run("--task", "linear", "--lr", "0.1")
-    run.classifier.train()
-    assert not run.classifier.encoder.training and run.classifier.standardize.training
-    before = {k: v.clone() for k, v in run.classifier.state_dict().items()}
-    features = run.classifier.features(tiny_batch()[0])
+    run.network.train()
+    assert not run.network.encoder.training and run.network.standardize.training
+    before = {k: v.clone() for k, v in run.network.state_dict().items()}
+    features = run.network.features(tiny_batch()[0])
     assert not features.requires_grad
     train.set_rate(run.opt, 0.1)
     finetune.step_gradients(run, [labelled_batch()], train.new_progress(), args)
-    assert all(p.grad is None for p in run.classifier.encoder.parameters())
+    assert all(p.grad is None for p in run.network.encoder.parameters())
     finetune.update(run, apply=True)
-    changed = {k for k, v in run.classifier.state_dict().items() if not torch.equal(v, before[k])}
+    changed = {k for k, v in run.network.state_dict().items() if not torch.equal(v, before[k])}
     statistics = {"standardize.running_mean", "standardize.running_var"}
     assert changed == statistics | {"head.weight", "head.bias"}
     flags = ["--task", "linear", "--data", "shapes", "--batch-size", 1]
@@ -2514,7 +2921,7 @@ def test_a_run_may_go_on_with_mixup_and_cutmix_turned_on():
 def test_pooling_takes_cls_or_the_mean_patch():
     images = tiny_batch()[0]
     for pool in ("cls", "mean"):
-        network = probe_run("--pool", pool)[0].classifier.eval()
+        network = probe_run("--pool", pool)[0].network.eval()
         tokens = network.encoder(images)
         expected = tokens[:, 0] if pool == "cls" else sum(tokens[:, i] for i in range(1, 17)) / 16
         close(network.features(images), expected, 1e-5)
@@ -2553,7 +2960,7 @@ def test_layer_decay_halves_the_rate_from_layer_to_layer():
         for p in group["params"]:
             assert p not in found
             found[p] = (group["lr"], group["weight_decay"])
-    for name, p in run.classifier.named_parameters():
+    for name, p in run.network.named_parameters():
         if name.startswith(("head", "encoder.norm")):
             rate = 1.0
         elif "blocks" in name:
@@ -2716,9 +3123,9 @@ def test_every_kind_of_autoencoder_and_published_files_load_as_they_were():
                 torch.save(content, path)
                 run, args = opened_run(["--checkpoint", path, "--task", "knn"])
                 assert (args.model, args.image_size, args.patch_size) == ("tiny", 32, 8)
-                assert torch.equal(run.classifier.encoder(images), mae.encode(images)[0])
+                assert torch.equal(run.network.encoder(images), mae.encode(images)[0])
         run, _ = opened_run(["--checkpoint", path, "--image-size", 48])
-        assert run.classifier(torch.rand(2, 3, 48, 48)).shape == (2, 3)
+        assert run.network(torch.rand(2, 3, 48, 48)).shape == (2, 3)
 
 
 def test_encoders_load_whole_or_not_at_all_and_bad_flags_end_in_one_line():
@@ -2790,10 +3197,18 @@ def test_unreadable_validation_images_are_left_out_and_named():
 
 
 def test_fine_tuning_stopped_in_mid_epoch_continues_bit_for_bit_and_eval_agrees():
-    for task in ("linear", "finetune"):
+    for task, *figures in (
+        ("linear", "top1", "val_loss"),
+        ("finetune", "top1", "val_loss"),
+        ("detect", "ap", "mask_ap50", "ap_small"),
+        ("segment", "miou", "miou_all", "pixel_accuracy"),
+    ):
         with scratch() as root:
             flags = [*RANDOM, *PROBE, "--task", task, "--limit-images", 16, "--epochs", 2]
-            flags += ["--lr", 1e-3, "--out"]
+            size = []
+            if task in finetune.DENSE:
+                size = [*SMALL_HEADS, "--batch-size", 2, "--limit-images", 8, "--val-images", 4]
+            flags += ["--lr", 1e-3, *size, "--out"]
             assert tune(*flags, root / "once")[0] == 0
             assert tune(*flags, root / "twice", "--steps", 6)[0] == 0  # of 8
             names = ["--pool cls (now mean)"]
@@ -2802,11 +3217,20 @@ def test_fine_tuning_stopped_in_mid_epoch_continues_bit_for_bit_and_eval_agrees(
             same_weights(root / "once", root / "twice")
             once, twice = log_of(root / "once"), log_of(root / "twice")
             for a, b in zip(once, twice, strict=True):
-                assert all(a[name] == b[name] for name in ("loss", "val_loss", "top1"))
-            best, output = max(once, key=lambda row: row["top1"]), io.StringIO()
+                assert all(a[name] == b[name] for name in ("loss", *figures)), (a, b)
+                if task == "detect":
+                    terms = [value for name, value in a.items() if name.startswith("loss_")]
+                    assert len(terms) == 5
+                    close(sum(terms), a["loss"], 1e-4)
+            best, output = max(once, key=lambda row: row[figures[0]]), io.StringIO()
             with contextlib.redirect_stdout(output):
-                finetune.main(["--eval", "--checkpoint", str(root / "once" / "best.pt"), *PROBE])
-            assert f"val_loss {best['val_loss']:.4g}" in output.getvalue(), output.getvalue()
+                measured = ["--checkpoint", root / "once" / "best.pt", *PROBE, *size]
+                finetune.main(["--eval", *(str(flag) for flag in measured)])
+            for name in figures:
+                assert f"{name} {best[name]:.4g}" in output.getvalue(), (best, output.getvalue())
+            written = {path.name for path in (root / "once").rglob("*")}
+            assert ("segmentation.png" in written) == (task == "segment")
+            assert ({"detections.png", "results_segm.json"} <= written) == (task == "detect")
 
 
 def test_a_probe_and_fine_tuning_learn_colours():
@@ -2838,6 +3262,9 @@ def test_two_processes_measure_what_one_does():
         save_autoencoder(root / "g.pt", "--loss", "msg_gan_p")
         torch.save(stand_in(), root / "inception.pth")
         jobs = {task: [*learn, "--task", task] for task in CLASSIFY}
+        # Samples of a detector and dropout depend on the process: here the weights stay as drawn.
+        still = [*learn, *SMALL_HEADS, "--lr", 1e-12, "--limit-images", 4]
+        jobs |= {task: [*still, "--task", task] for task in finetune.DENSE}
         jobs["reconstruct"] = [*RECONSTRUCT, "--checkpoint", root / "g.pt", "--val-images", 3]
         jobs["reconstruct"] += ["--inception-weights", root / "inception.pth"]
         two = [[*job, "--out", root / f"{task}2", "--batch-size", 2] for task, job in jobs.items()]
@@ -2857,6 +3284,16 @@ def test_two_processes_measure_what_one_does():
             assert one["val_images"] == two["val_images"] == 9
             assert (one["top1"], one["top5"]) == (two["top1"], two["top5"]), (one, two)
             close(one.get("val_loss", 0), two.get("val_loss", 0), 1e-4)
+        for task in finetune.DENSE:
+            [one], [two] = (log_of(root / f"{task}{n}") for n in "12")
+            assert one["val_images"] == two["val_images"] == 9
+            figures = list(one)[list(one).index("bad_images") + 1 :]
+            close([one[name] for name in figures], [two[name] for name in figures], 1e-3)
+        one, two = (json.loads((root / f"detect{n}/results_bbox.json").read_text()) for n in "12")
+        assert len({entry["image_id"] for entry in one}) > 5 and len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            assert (a["image_id"], a["category_id"]) == (b["image_id"], b["category_id"])
+            close([a["score"], *a["bbox"]], [b["score"], *b["bbox"]], 1e-3)
 
 
 def tune_in_turn(jobs):
@@ -2867,6 +3304,419 @@ def tune_in_turn(jobs):
             for flags in json.loads(Path(jobs).read_text()):
                 assert not finetune.main([str(flag) for flag in flags])
     torch.distributed.destroy_process_group()
+
+
+# ---- Dense tasks ---------------------------------------------------------------------------------
+
+
+def tiny_detector(classes=80, image_size=32, patch_size=8):
+    torch.manual_seed(0)
+    sizes = dict(image_size=image_size, patch_size=patch_size, width=16)
+    return model.build_detector("nano", classes, **sizes)
+
+
+def tiny_segmenter(classes=150):
+    torch.manual_seed(0)
+    return model.build_segmenter("nano", classes, image_size=32, patch_size=8, width=16)
+
+
+def rectangles(*boxes, size=32, label=1):
+    """Targets of one image: each box (x0, y0, x1, y1), integers, is an object that fills it."""
+    masks = torch.zeros(len(boxes), size, size, dtype=torch.uint8)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
+        mask[y0:y1, x0:x1] = 1
+    labels = torch.full((len(boxes),), label)
+    return dict(boxes=torch.tensor(boxes).float().view(-1, 4), labels=labels, masks=masks)
+
+
+def test_the_pyramid_has_maps_of_a_quarter_to_two_patches_a_cell():
+    for patch_size in (4, 8, 16):
+        network = tiny_detector(image_size=64, patch_size=patch_size)
+        maps = network.maps(torch.rand(1, 3, 64, 64))
+        expected = [64 // (patch_size * 2**i // 4) for i in range(4)]
+        assert [list(x.shape[2:]) for x in maps] == [[side, side] for side in expected]
+        assert [x.shape[1] for x in maps] == network.channels
+    for size, levels in (("nano", [0, 1, 3]), ("base", [0, 4, 8])):  # PAPER: [0, 4, 8, 12]
+        with torch.device("meta"):
+            encoder = model.build_encoder(size, 32, 16, 0.0)
+            assert model.FeaturePyramid(encoder, 8).levels == levels
+
+
+def test_the_pyramid_equals_matrix_products_on_the_tokens_of_each_block():
+    network, images = tiny_detector(image_size=32, patch_size=8), tiny_batch(1)[0]
+    encoder = network.encoder
+    x = encoder.patch_embed(model.imagenet_normalize(images)) + encoder.pos_embed[:, 1:]
+    x = torch.cat([encoder.cls_token, x], dim=1)
+    levels = [x]
+    for block in encoder.blocks:
+        levels.append(block(levels[-1]))
+
+    def grid(x):  # normalised by hand: the norms start with weight 1 and bias 0
+        x = (x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True, correction=0) + 1e-6).sqrt()
+        return x[0, 1:].T.reshape(-1, 4, 4)
+
+    def up(x):  # new cell 2 i lies a quarter of an old cell before cell i, 2 i + 1 after it
+        side = x.shape[1]
+        rows = torch.zeros(2 * side, side)
+        for i in range(side):
+            rows[2 * i, i] = rows[2 * i + 1, i] = 0.75
+            rows[2 * i, max(0, i - 1)] += 0.25
+            rows[2 * i + 1, min(side - 1, i + 1)] += 0.25
+        return rows @ x @ rows.T
+
+    def conv(x, layer, stride=1):
+        windows = F.pad(x, (1, 1, 1, 1)).unfold(1, 3, stride).unfold(2, 3, stride)
+        weight, bias = layer.weight, layer.bias[:, None, None]
+        return torch.einsum("chwij,ocij->ohw", windows, weight) + bias
+
+    fine, half, _, coarse = network.resample
+    expected = [
+        conv(up(conv(up(grid(levels[0])), fine[1])), fine[3]),
+        conv(up(grid(levels[1])), half[1]),
+        grid(levels[3]),
+        conv(grid(levels[4]), coarse, stride=2),
+    ]
+    for found, wanted in zip(network.maps(images), expected, strict=True):
+        close(found[0], wanted, 1e-4)
+
+
+def test_masks_of_28_px_boxes_are_their_own_targets_and_are_pasted_back_pixel_by_pixel():
+    masks = (torch.rand(3, 40, 50, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    boxes = torch.tensor([[0.0, 0, 28, 28], [3, 5, 31, 33], [22, 12, 50, 40]])
+    targets = model.mask_targets(masks, boxes, torch.tensor([0, 2, 1]))
+    cut = [masks[0, :28, :28], masks[2, 5:33, 3:31], masks[1, 12:, 22:]]
+    assert torch.equal(targets, torch.stack(cut))
+    pasted = model.paste_masks(targets, boxes, 40, 50)
+    for whole, (x0, y0, x1, y1), wanted in zip(pasted, boxes.int().tolist(), cut, strict=True):
+        assert torch.equal(whole[y0:y1, x0:x1].float(), wanted)
+        assert whole.sum() == wanted.sum()
+
+
+def test_a_perfect_mask_pasted_back_has_an_iou_of_9_tenths_from_8_px_on():
+    y, x = torch.meshgrid(torch.arange(100) + 0.5, torch.arange(120) + 0.5, indexing="ij")
+    for size, shift in itertools.product((8, 11, 16, 23, 32, 64), (0.0, 0.3, 0.5)):
+        left, top, width, height = 10 + shift, 7 + 2 * shift, size, 0.8 * size
+        u, v = (x - left) / width, (y - top) / height  # 0 to 1 across the object
+        shapes = {
+            "ellipse": (u - 0.5) ** 2 + (v - 0.5) ** 2 < 0.25,
+            "triangle": (v > 0) & (v < 1) & ((u - 0.5).abs() < v / 2),
+        }
+        for name, mask in shapes.items():
+            rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+            box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            box = torch.tensor([box]).float()
+            target = model.mask_targets(mask[None], box, torch.tensor([0]))
+            pasted = model.paste_masks(target, box, 100, 120)[0]
+            iou = (pasted & mask).sum() / (pasted | mask).sum()
+            assert iou >= 0.9, (name, size, shift, iou)
+
+
+def test_pasted_masks_stay_in_their_boxes_and_in_the_image():
+    boxes = torch.tensor([[-5.0, -5, 5, 5], [6.4, 2, 8.6, 3], [2.6, 2.6, 3.4, 3.4], [30, 0, 40, 9]])
+    pasted = model.paste_masks(torch.ones(4, 28, 28), boxes, 10, 12)
+    assert not pasted[2:].any()  # between two centres; outside
+    assert pasted[0, :5, :5].all() and pasted[0].sum() == 25
+    assert pasted[1].nonzero().tolist() == [[2, 6], [2, 7], [2, 8]]  # centres at 6.5, 7.5 and 8.5
+    assert model.paste_masks(torch.ones(0, 28, 28), torch.ones(0, 4), 10, 12).shape == (0, 10, 12)
+
+
+def test_untrained_detection_losses_are_those_of_guessing_and_reach_every_parameter():
+    network, images = tiny_detector(), tiny_batch(2)[0]
+    some = [rectangles((2, 3, 20, 15), (8, 20, 30, 30), label=80), rectangles()]
+    for targets in (some, [rectangles(), rectangles()]):
+        network.zero_grad()
+        found = network(images, targets)
+        close(found["loss_classifier"].item(), math.log(81), 0.5)
+        close(found["loss_objectness"].item(), math.log(2), 0.05)
+        if targets is some:
+            close(found["loss_mask"].item(), math.log(2), 0.15)
+            weight = network.roi_heads.mask_predictor.mask_fcn_logits.weight
+            [slope] = torch.autograd.grad(found["loss_mask"], weight, retain_graph=True)
+            assert slope.flatten(1).any(dim=1).nonzero().tolist() == [[80]]  # the objects' class
+            assert 0 < found["loss_box_reg"] < 1 and 0 < found["loss_rpn_box_reg"] < 1
+        else:
+            parts = ("loss_mask", "loss_box_reg", "loss_rpn_box_reg")
+            assert all(found[name] == 0 for name in parts), found
+        sum(found.values()).backward()
+        missing = [k for k, p in network.named_parameters() if p.grad is None]
+        assert not missing and all(p.grad.isfinite().all() for p in network.parameters()), missing
+
+
+def test_detections_do_not_depend_on_what_a_network_saw_first():
+    images = torch.rand(2, 3, 32, 32)
+    fresh, used = tiny_detector(3), tiny_detector(3)
+    with torch.no_grad():
+        used.train()(torch.zeros(1, 3, 32, 32), [rectangles((0, 0, 3, 2))])
+        used.eval()(torch.zeros(3, 3, 32, 32))
+        for one, two in zip(fresh.eval()(images), used(images), strict=True):
+            assert all(torch.equal(one[name], two[name]) for name in one)
+            N = len(one["boxes"])
+            assert N > 0 and one["masks"].shape == (N, 28, 28) and one["labels"].min() >= 1
+    pool = used.roi_heads.box_roi_pool
+    assert pool.scales == [1 / 2, 1 / 4, 1 / 8, 1 / 16]  # patches of 8
+    boxes = torch.tensor([[0, 0, side, side] for side in (10.0, 55, 57, 111, 113, 225)])
+    assert pool.map_levels([boxes]).tolist() == [0, 0, 1, 1, 2, 3]  # 14 patches = 112 px: map 2
+
+
+def test_boxes_are_float32_under_autocast():
+    network = tiny_detector(3).eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        [found] = network(tiny_batch(1)[0])
+        assert found["boxes"].dtype == found["scores"].dtype == torch.float32
+        assert (found["boxes"] != found["boxes"].bfloat16().float()).any()
+        logits = tiny_segmenter().eval()(tiny_batch(1)[0])
+    assert logits.dtype == torch.float32 and (logits != logits.bfloat16().float()).any()
+
+
+def test_wrong_targets_and_sizes_of_the_dense_tasks_are_refused():
+    network, images = tiny_detector(), tiny_batch(1)[0]
+    good = rectangles((2, 3, 20, 15))
+    for label in (0, 81):
+        wrong = good | {"labels": torch.tensor([label])}
+        raises_value_error(network, images, [wrong], says=f"[{label}]")
+    wrong = good | {"boxes": torch.tensor([[2.0, 3, 2, 15]])}
+    raises_value_error(network, images, [wrong], says="[[2.0, 3.0, 2.0, 15.0]]")
+    wrong = good | {"masks": torch.zeros(1, 16, 16)}
+    raises_value_error(network, images, [wrong], says="[1, 16, 16]")
+    raises_value_error(
+        tiny_segmenter(), torch.rand(1, 3, 16, 64), says="[16, 64]"
+    )  # also 16 patches
+    for image_size, patch_size in ((40, 8), (32, 2)):
+        build = functools.partial(tiny_detector, 3, image_size, patch_size)
+        raises_value_error(build, says=f"a multiple of {2 * patch_size} px")
+
+
+def test_layers_of_dense_networks_hold_each_parameter_once_and_encoders_load_at_any_size():
+    with torch.random.fork_rng():
+        mae = model.build_mae("nano", image_size=64, patch_size=8)
+    weights = model.encoder_weights(mae.state_dict(), 4, "file")
+    for network in (tiny_detector(), tiny_segmenter()):
+        layers = network.layers()
+        assert len(layers) == 2 + len(network.encoder.blocks)
+        flat = [id(p) for layer in layers for p in layer]
+        assert sorted(flat) == sorted(id(p) for p in network.parameters())
+        assert layers[0][0] is network.encoder.cls_token
+        model.load_whole(network.encoder, weights, "file")
+        assert torch.equal(network.encoder.norm.weight, mae.norm.weight)
+
+
+def test_the_segmenter_labels_pixels_and_its_losses_reach_every_parameter():
+    network, images = tiny_segmenter(), tiny_batch(1)[0]  # a single image, too
+    logits, aux = network(images)
+    assert logits.shape == aux.shape == (1, 150, 32, 32)
+    loss = losses.segmentation_loss(logits, torch.randint(0, 150, (1, 32, 32)), aux)
+    close(loss.item(), 1.4 * math.log(150), 0.4)  # of guessing; the weight .4
+    loss.backward()
+    assert not [k for k, p in network.named_parameters() if p.grad is None]
+    assert network.eval()(images).shape == (1, 150, 32, 32)
+
+
+def test_the_segmentation_loss_equals_a_loop_and_is_0_where_all_is_ignored():
+    generator = torch.Generator().manual_seed(0)
+    logits, aux = torch.randn(2, 2, 5, 3, 4, generator=generator).requires_grad_()
+    target = torch.randint(0, 5, (2, 3, 4), generator=generator, dtype=torch.uint8)
+    target[0, :2, 1:] = 255
+
+    def slow(x):
+        terms = []
+        for b, i, j in itertools.product(range(2), range(3), range(4)):
+            if target[b, i, j] != 255:
+                exp = x[b, :, i, j].exp()
+                terms.append(-(exp[int(target[b, i, j])] / exp.sum()).log().item())
+        return sum(terms) / len(terms)
+
+    close(losses.segmentation_loss(logits, target).item(), slow(logits), 1e-5)
+    both = losses.segmentation_loss(logits.bfloat16(), target, aux)
+    assert both.dtype == torch.float32
+    close(both.item(), slow(logits) + 0.4 * slow(aux), 0.02)
+    ignored = torch.full_like(target, 255)
+    nothing = losses.segmentation_loss(logits, ignored, aux)
+    for gradient in torch.autograd.grad(nothing, (logits, aux)):
+        assert nothing == 0 and not gradient.any()
+
+
+class Oracle(torch.nn.Module):
+    """A network that gives prepared answers, one for each image, in turn."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.answers = iter(answers)
+
+    def forward(self, images):
+        answers = [next(self.answers) for _ in images]
+        return torch.stack(answers) if isinstance(answers[0], torch.Tensor) else answers
+
+
+class FewScenes(torch.utils.data.Dataset):
+    """Grey images of several shapes with a rectangle and a disc each, for either task."""
+
+    image_ids, category_ids, classes = [3, 5, 8, 9], [7, 90], ["rectangle", "disc"]
+
+    def __init__(self, task):
+        self.task = task
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        height, width = [(40, 60), (60, 33), (50, 50), (41, 64)][index]
+        rows, columns = torch.arange(height)[:, None] + 0.5, torch.arange(width) + 0.5
+        box = (rows > 3) & (rows < 30) & (columns > 2 + index) & (columns < 17)
+        disc = (rows - height + 10).square() + (columns - width + 9).square() < 64
+        masks, image = torch.stack([box, disc]), Image.new("RGB", (width, height), "grey")
+        if self.task == "segment":
+            labels = disc.byte()
+            labels[box] = 255  # not known
+            return image, labels
+        labels, crowd = torch.tensor([1, 2]), torch.zeros(2, dtype=torch.bool)
+        area, boxes = masks.sum(dim=(1, 2)).float(), data.mask_boxes(masks)
+        return image, dict(boxes=boxes, labels=labels, masks=masks, crowd=crowd, area=area)
+
+
+def oracle_run(task, answer, out):
+    """Measure a network that answers with answer(the sample's truth): (row, its data set)."""
+    common = dict(image_size=256, seed=0, task=task)
+    dataset = data.DenseSet(FewScenes(task), range(4), augment=False, **common)
+    answers = [answer(dataset[0, i][1]) for i in range(4)]
+    network = Oracle(answers * 2)  # the second time for the picture
+    run = SimpleNamespace(network=network, device=torch.device("cpu"))
+    run.autocast = contextlib.nullcontext
+    loader = data.build_loader(dataset, [(0, i) for i in range(4)], batch_size=3, workers=0)
+    args = SimpleNamespace(task=task, classes=FewScenes.classes, out=out, slide=False)
+    return finetune.by_task(task)[2](run, loader, [], args)
+
+
+def test_perfect_detections_have_an_ap_of_100_through_the_letterbox_and_back():
+    def answer(truth):
+        place, boxes = truth["letterbox"], truth["boxes"]
+        masks = model.mask_targets(truth["masks"], boxes, torch.arange(2))
+        ratios = torch.tensor([place.columns / place.width, place.rows / place.height] * 2)
+        padding = torch.tensor([[place.columns + 1.0, place.rows + 1.0, 256, 256]])
+        return {
+            "boxes": torch.cat([boxes * ratios, padding]),
+            "masks": torch.cat([masks, torch.ones(1, 28, 28)]),
+            "labels": torch.tensor([1, 2, 1]),
+            "scores": torch.tensor([0.9, 0.8, 0.95]),
+        }
+
+    with scratch() as out:
+        row = oracle_run("detect", answer, out)
+        assert row["ap"] == row["ap75"] == row["ap_small"] == row["mask_ap50"] == 100, row
+        assert row["mask_ap"] > 90 and row["ap_large"] == -1 and row["val_images"] == 4
+        boxes, masks = (
+            json.loads((out / f"results_{k}.json").read_text()) for k in ("bbox", "segm")
+        )
+        Image.open(out / "pictures" / "detections.png").verify()
+    assert [entry["image_id"] for entry in boxes] == [3, 3, 5, 5, 8, 8, 9, 9]
+    assert [entry["category_id"] for entry in masks] == [7, 90] * 4
+    close(boxes[0]["bbox"], [2, 3, 15, 27], 1e-3)  # xywh; what lies in the padding is gone
+    rle = masks[0]["segmentation"]
+    mask = data.rle_to_mask(rle["counts"], *rle["size"])
+    assert rle["size"] == [40, 60] and np.array_equal(mask, FewScenes("detect")[0][1]["masks"][0])
+    assert "segmentation" not in boxes[0] and "bbox" not in masks[0]
+
+
+def test_a_perfect_class_map_has_an_miou_of_100_through_the_letterbox_and_back():
+    def answer(truth):
+        place, logits = truth["letterbox"], torch.rand(2, 256, 256)
+        wanted = torch.stack([truth["map"] == 0, truth["map"] == 1])[None].float()
+        size = (place.rows, place.columns)
+        logits[:, : size[0], : size[1]] += 9 * F.interpolate(wanted, size, mode="nearest-exact")[0]
+        return logits
+
+    with scratch() as out:
+        row = oracle_run("segment", answer, out)
+        Image.open(out / "pictures" / "segmentation.png").verify()
+    assert row == {"miou": 100, "miou_all": 100, "pixel_accuracy": 100, "val_images": 4}
+
+
+def test_sliding_windows_of_a_network_that_sees_single_pixels_give_the_whole():
+    shapes = []
+
+    def network(images):
+        shapes.append(len(images))
+        return torch.stack([images[:, 0], images.square().sum(dim=1)], dim=1)
+
+    for (height, width), windows in (((30, 30), 1), ((30, 82), 4), ((41, 30), 2), ((60, 50), 6)):
+        image = torch.rand(3, height, width)  # steps of 20: 0, 20, 40, 52; 0, 11; 0, 20, 30 ...
+        close(finetune.slide(network, image, 30), network(image[None])[0], 1e-6)
+        assert shapes[-2] == windows
+    common = dict(image_size=32, seed=0, task="segment", augment=False)
+    dataset = data.DenseSet(FewScenes("segment"), [3], slide=True, **common)
+    assert dataset[0, 0][1]["whole"].shape == (3, 32, 49)  # 64 * 32 / 41 = 49.95, cut off
+    run = SimpleNamespace(network=network, device="cpu", autocast=contextlib.nullcontext)
+    args = SimpleNamespace(slide=True, image_size=32)
+    [(labels, truth)] = finetune.segment(run, data.collate([dataset[0, 0]]), args)
+    assert labels.shape == truth["map"].shape == (41, 64)
+
+
+def test_encoders_load_into_detectors_and_segmenters_at_any_size():
+    images = tiny_batch()[0]
+    with scratch() as folder:
+        path = folder / "c.pt"
+        save_autoencoder(path)
+        expected = model.build_mae("tiny", 32, 8)
+        expected.load_state_dict(torch.load(path)["mae"])
+        for task in finetune.DENSE:
+            flags = ["--checkpoint", path, "--task", task, "--width", 16]
+            run, args = opened_run(flags)
+            encoder = run.network.encoder.eval()
+            assert torch.equal(encoder(images), expected.encode(images)[0])
+            assert args.drop_path == 0.1 and 0.6 < args.layer_decay < 0.8
+            run, args = opened_run([*flags, "--image-size", 48])
+            images_48, targets = finetune.random_batch(args)
+            assert (
+                finetune.step_gradients(run, [(images_48, targets)], {"step": 0}, args)["loss"] > 0
+            )
+            assert all(p.grad is not None for p in run.network.parameters())
+        flags = [*RANDOM, *SMALL_HEADS, "--task", "segment", "--batch-size", "2"]
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            finetune.main([*flags, "--benchmark", "1"])
+        row = json.loads(output.getvalue())
+        assert row["task"] == "segment" and row["parameters"] == row["parameters_trained"]
+
+
+def test_dense_tasks_refuse_what_does_not_fit_in_one_line():
+    with scratch() as root:
+        write_coco(root / "coco")
+        write_ade(root / "ade")
+        write_coco(root / "torn", json.dumps(coco_content())[:-30])
+        flags = [*RANDOM, *SMALL_HEADS, "--workers", 0, "--batch-size", 2, "--epochs", 1]
+        flags += ["--out", root / "out"]
+
+        def rejected(task, *more, names):
+            tune_refused(*flags, "--task", task, *more, names=names)
+
+        rejected("detect", "--data", root / "ade", names=["ADE20K's layout, of segmentation"])
+        rejected("segment", "--data", root / "coco", names=["COCO's layout, of detection"])
+        rejected("detect", "--data", root / "torn", names=["torn or not COCO's"])
+        rejected("detect", "--data", root / "none", names=["does not exist"])
+        rejected("detect", "--shots", 1, names=["--shots", "for classification"])
+        rejected("segment", "--mixup", 0.8, names=["--mixup", "for classification"])
+        rejected("segment", "--width", 20, names=["--width 20", "multiple of 16"])
+        rejected("detect", "--scales", 2, 1, names=["--scales", "smaller first"])
+        rejected("detect", "--slide", names=["--slide"])
+        rejected("detect", "--image-size", 40, "--data", "shapes", names=["multiple of 16 px"])
+        rejected("detect", "--data", root / "coco", "--limit-images", 1, names=["--batch-size"])
+        assert not (root / "out").exists()
+        status, errors = tune(*flags, "--task", "segment", "--data", root / "ade")
+        assert status == 0, errors
+        (root / "ade" / "objectInfo.txt").unlink()
+        best = ["--checkpoint", root / "out" / "best.pt", "--workers", 0]
+        tune_refused("--eval", *best, "--data", root / "ade", names=["sky", "only in"])
+
+
+def test_unreadable_scenes_are_named_replaced_in_training_and_not_measured():
+    with scratch() as root:
+        write_ade(root)
+        (root / "images" / "training" / "1.jpg").write_bytes(b"torn")
+        (root / "annotations" / "validation" / "2.png").write_bytes(b"torn")
+        flags = [*RANDOM, *SMALL_HEADS, "--workers", 0, "--batch-size", 3, "--epochs", 1]
+        status, errors = tune(*flags, "--task", "segment", "--data", root, "--out", root / "out")
+        assert status == 0 and errors.count("replaced: ") == errors.count("left out: ") == 1
+        assert "training/1.jpg" in errors and "validation/2.jpg" in errors, errors
+        [row] = log_of(root / "out")
+        assert row["val_images"] == 2 and row["bad_images"] == 2
 
 
 # ---- README --------------------------------------------------------------------------------------

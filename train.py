@@ -748,7 +748,7 @@ def new_progress():
         "path_mean": torch.zeros(()),  # running mean of path lengths, 0 = none yet
         "bad_images": [],  # unreadable ones, distinct, over all processes
         "layout": {},  # see `open_run`
-        "best": -1.0,  # highest top-1 yet, per cent (finetune.py)
+        "best": -1.0,  # highest top-1, AP or mIoU yet, per cent (finetune.py)
     }
 
 
