@@ -413,7 +413,7 @@ def evaluate_detector(run, loader, known, args):
     row |= {f"mask_{name}": value for name, value in losses.coco_ap(masks).items()}
     row = {name: 100 * value if value >= 0 else value for name, value in row.items()}
     if is_main():
-        write_results(args.out, sum(results, []))
+        write_results(args.out, [entry for image in results for entry in image])
         draw_scenes("detections", run, loader.dataset, args)
     network.train()
     return row | {"val_images": len(rows)}
@@ -484,9 +484,8 @@ def draw_scenes(name, run, dataset, args, rows=6, least=0.5):
             drawn = [data.draw_objects(image, x, args.classes) for x in (truth, found)]
         else:
             drawn = [data.draw_classes(image, x, args.classes) for x in (truth["map"], found)]
-        for column, picture in zip(
-            columns.values(), (data.as_square(data.view(image)), *drawn), strict=True
-        ):
+        drawn = [data.as_square(data.view(image)), *drawn]
+        for column, picture in zip(columns.values(), drawn, strict=True):
             column.append(picture)
     if args.task == "detect":
         columns[f"prediction, score {least} or more"] = columns.pop("prediction")
@@ -1042,8 +1041,8 @@ PLAIN = dict.fromkeys(FINETUNE, 0.0)
 # PAPER SILENT: layer-wise decay and stochastic depth; ours are MAE's for ViT-B.
 FINETUNE |= dict(layer_decay=0.75, drop_path=0.1)
 PLAIN |= dict(layer_decay=1.0, drop_path=0.0)
-TASKS = dict.fromkeys(("linear", "finetune", "knn", "logistic", "reconstruct"), PLAIN)
-TASKS["finetune"] = FINETUNE
+TASKS = ("linear", "finetune", "detect", "segment", "knn", "logistic", "reconstruct")
+TASKS = dict.fromkeys(TASKS, PLAIN) | {"finetune": FINETUNE}
 # PAPER SILENT: settings of detection and segmentation beyond rates, decay and epochs, which sec. 4
 # and Table 2 give for "all fine-tuned models". Ours: ViTDet's and MMSegmentation's layer-wise decay
 # for ViT-B, both their stochastic depth, and the widths of both their heads.
@@ -1075,8 +1074,8 @@ def build_parser():
     parser = argparse.ArgumentParser(
         description="Classify, detect or segment with a pre-trained encoder, measure "
         "reconstructions, export weights.",
-        usage="finetune.py --checkpoint FILE|none --task linear|finetune|knn|logistic|detect|"
-        "segment|reconstruct [--data PATH|shapes|cifar10] [flags; see --help]",
+        usage="finetune.py --checkpoint FILE|none --task linear|finetune|detect|segment|knn|"
+        "logistic|reconstruct [--data PATH|shapes|cifar10] [flags; see --help]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     text = "of train.py, or another project's ViT-MAE; none: random weights; with --eval: of "
