@@ -978,10 +978,11 @@ def build_scenes(args):
         if args.eval:
             names = (args.checkpoint, args.data)
             data.check_classes(args.classes, sources[1].classes, names)
-    sets, common = [], dict(image_size=args.image_size, seed=args.seed, task=args.task)
+    windows, sets = args.slide and args.task == "segment", []
+    common = dict(image_size=args.image_size, seed=args.seed, task=args.task)
     for source, limit in zip(sources, (args.limit_images, args.val_images), strict=True):
         kept = data.choose_images(source, seed=args.seed, limit=limit or len(source)).tolist()
-        extra = dict(slide=args.slide) if sets else dict(scales=args.scales)
+        extra = dict(slide=windows) if sets else dict(scales=args.scales)
         sets.append(data.DenseSet(source, kept, augment=not sets, **extra, **common))
     if not args.eval:
         train.check_one_step(sets[0], args)
@@ -1094,7 +1095,7 @@ def build_parser():
         ("--image-size", train.at_least(16), None, "side in pixels; None = the checkpoint's"),
         ("--patch-size", train.at_least(2), None, "None = the checkpoint's; 16 for none"),
         ("--width", train.at_least(16), None, "of the heads; None = 256 detect, 512 segment"),
-        ("--slide", bool, False, "measure in windows, not the whole image at once; segment"),
+        ("--slide", bool, True, "measure in windows, at training's scale, or all at once; segment"),
         ("--k", COUNT, 20, "neighbours that vote; knn"),
         ("--temperature", POSITIVE, 0.07, "of the votes; knn"),
         ("--whiten", bool, False, "features first, see measure_features; knn"),
@@ -1218,8 +1219,6 @@ def check_dense(args):
         fail(f"--width {args.width} must be a multiple of 16")
     if args.scales and not 0 < args.scales[0] <= args.scales[1]:
         fail(f"--scales {args.scales} must be above 0, the smaller first")
-    if args.slide and args.task == "detect":
-        fail("--slide is for segmentation")
 
 
 # ---- Main ----------------------------------------------------------------------------------------

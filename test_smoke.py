@@ -3695,7 +3695,6 @@ def test_dense_tasks_refuse_what_does_not_fit_in_one_line():
         rejected("segment", "--mixup", 0.8, names=["--mixup", "for classification"])
         rejected("segment", "--width", 20, names=["--width 20", "multiple of 16"])
         rejected("detect", "--scales", 2, 1, names=["--scales", "smaller first"])
-        rejected("detect", "--slide", names=["--slide"])
         rejected("detect", "--image-size", 40, "--data", "shapes", names=["multiple of 16 px"])
         rejected("detect", "--data", root / "coco", "--limit-images", 1, names=["--batch-size"])
         assert not (root / "out").exists()
