@@ -487,7 +487,10 @@ def scan_folder(folder):
     for label, subfolder in enumerate(subfolders):
         found = list_images(subfolder)[0]
         if not found:
-            raise ValueError(f"class folder {subfolder} holds no images; fill it or remove it")
+            hint = "fill it or remove it"
+            if len(subfolders) == 1 and list_images(subfolder)[1]:
+                hint = f"are the classes in it? Then give --data {subfolder}"
+            raise ValueError(f"class folder {subfolder} holds no images; {hint}")
         files += found
         targets += [label] * len(found)
     if not files:

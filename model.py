@@ -501,7 +501,10 @@ def discriminator_levels(image_size, scales, channels, max_channels):
     while sides[-1] >= 8:
         sides.append(sides[-1] // 2)
     if not 1 <= scales <= len(sides):
-        raise ValueError(f"{scales} image scales, but {image_size} px gives only sides {sides}")
+        raise ValueError(
+            f"{scales} image scales, from one pixel per patch up, but {image_size} px gives only "
+            f"sides {sides}: take smaller patches, or sides that halve more often"
+        )
     if channels % 2 or max_channels % 2:
         raise ValueError(f"widths must be even, got {channels} up to {max_channels}")
     return [(side, min(channels * 2**i, max_channels)) for i, side in enumerate(sides)]

@@ -2276,6 +2276,14 @@ def test_pictures_show_the_whole_reconstruction_where_all_of_it_was_trained():
         assert ("reconstruction" in columns) == whole and "pasted" in columns, list(columns)
 
 
+def test_a_run_that_ends_below_mean_fill_says_so():
+    with scratch() as root, mock.patch.object(train, "say") as say:
+        flags = ["--limit-images", 8, "--epochs", 1, "--lr", 1e-9, "--out", root]
+        assert command(*FAST, *flags)[0] == 0
+    lines = [call.args[0] for call in say.call_args_list]
+    assert any("try more than 2 steps" in line and "1e-09" in line for line in lines), lines
+
+
 def test_validation_measures_hidden_pixels_alone():
     run, args = tiny_run()
     images = torch.full((2, 3, 32, 32), 102, dtype=torch.uint8)  # .4

@@ -793,6 +793,10 @@ def open_run(run, train_set, args):
         fail(f"the nodes disagree on {out}/checkpoint.pt: put --out on a disk that they share")
     if is_main() and not finished(progress, args):
         start_output(out, progress["epoch"])
+        count = f"{len(train_set)} training images, {images_per_step(args)} per step"
+        begins = f"from step {progress['step']}" if progress["step"] else "from the start"
+        precision = run.dtype or torch.float32
+        say(f"{begins}: {count}; {run.device}, {world_size()} process(es), {precision}")
     sampler = data.EpochSampler(
         len(train_set),
         global_batch=images_per_step(args),
@@ -858,7 +862,7 @@ def finished(progress, args):
 def ending(stopping, progress, args):
     """The last line of a run."""
     if stopping:
-        return f"stopped at step {progress['step']}; --resume {args.out}/checkpoint.pt continues"
+        return f"stopped at step {progress['step']}; the same command continues"
     return f"done: results are in {args.out}"
 
 
@@ -997,6 +1001,12 @@ def finish_epoch(run, progress, lr, validation_part, args):
     if args.norm_pix_loss:
         row["psnr_uses_true_patch_statistics"] = True
     write_row(row, args.out)
+    if epoch == last and row["psnr"] < row["psnr_mean_fill"]:
+        say(
+            "Hidden patches were painted worse (psnr) than in their picture's mean colour "
+            f"(psnr_mean_fill): try more than {progress['step']} steps, or another --lr than "
+            f"{args.lr:.2g}"
+        )
     if is_main() and (epoch % args.picture_every == 0 or epoch == last):
         picture = Path(args.out) / "pictures" / f"epoch_{epoch:04d}.png"
         with writing(picture):
