@@ -448,6 +448,9 @@ class LargeShapes(Shapes):
         return self.kept[index]
 
 
+DRAWN = {"shapes": Shapes, "shapes-large": LargeShapes}  # by --data
+
+
 # ---- Sources: where images come from -------------------------------------------------------------
 
 
@@ -522,9 +525,8 @@ def open_sources(data, *, image_size, seed):
     `val/` with class folders as ImageNet has them, class folders alone, or images alone; without
     `val`, see `hold_out`. ValueError or OSError says what is wrong with it and what to do.
     """
-    if data in ("shapes", "shapes-large"):
-        scenes = Shapes if data == "shapes" else LargeShapes
-        return scenes("train", image_size), scenes("val", image_size)
+    if data in DRAWN:
+        return DRAWN[data]("train", image_size), DRAWN[data]("val", image_size)
     if data == "cifar10":
         try:
             return tuple(CIFAR10("data", train=train, download=True) for train in (True, False))
@@ -954,6 +956,8 @@ class CocoScenes(Dataset):
             wrong = f"is of image {row['image_id']}, which is not listed"
         elif row["category_id"] not in self.category_ids:
             wrong = f"is of category {row['category_id']}, which is not listed"
+        elif len(row["bbox"]) != 4:
+            wrong = f"has a box of {len(row['bbox'])} numbers, not 4"
         elif isinstance(outline, dict) and outline["size"] != self.sizes[place[row["image_id"]]]:
             size = self.sizes[place[row["image_id"]]]
             wrong = f"has a mask of {outline['size']}, its image {size} (height, width)"
@@ -1067,9 +1071,8 @@ def open_scenes(data, task, *, image_size):
     data: "shapes", "shapes-large" (drawn, image_size pixels wide), or a folder: COCO's layout for
     detection, ADE20K's for segmentation. ValueError says what is wrong with it and what to do.
     """
-    if data in ("shapes", "shapes-large"):
-        scenes = Shapes if data == "shapes" else LargeShapes
-        return tuple(ShapeScenes(scenes(split, image_size), task) for split in ("train", "val"))
+    if data in DRAWN:
+        return tuple(ShapeScenes(DRAWN[data](part, image_size), task) for part in ("train", "val"))
     if not Path(data).is_dir():
         what = "is not a folder" if Path(data).exists() else "does not exist"
         raise ValueError(f"--data {data} {what}; give a folder, or --data shapes (drawn here)")

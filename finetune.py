@@ -407,7 +407,7 @@ def evaluate_detector(run, loader, known, args):
             index = objects["index"]
             rows.append((index, *pair, coco_results(detections, source, index)))
     note_unread(found, known, loader.dataset)
-    rows = sorted(sum(of_all_processes(rows), []), key=lambda row: row[0])  # COCO's order
+    rows = sorted(sum(train.of_all_processes(rows), []), key=lambda row: row[0])  # COCO's order
     _, boxes, masks, results = zip(*rows, strict=True)
     row = losses.coco_ap(boxes)
     row |= {f"mask_{name}": value for name, value in losses.coco_ap(masks).items()}
@@ -462,7 +462,7 @@ def evaluate_segmenter(run, loader, known, args):
             matrix += losses.confusion_matrix(labels, truth["map"], classes)
             images += 1
     note_unread(found, known, loader.dataset)
-    matrices, counts = zip(*of_all_processes((matrix, images)), strict=True)
+    matrices, counts = zip(*train.of_all_processes((matrix, images)), strict=True)
     row = losses.segmentation_scores(sum(matrices))
     if is_main():
         draw_scenes("segmentation", run, loader.dataset, args)
@@ -498,18 +498,9 @@ def draw_scenes(name, run, dataset, args, rows=6, least=0.5):
 # ---- Without training: k-NN, and logistic regression on features computed once -------------------
 
 
-def of_all_processes(thing):
-    """Every process's `thing`, as a list by their numbers, on every process; it is pickled."""
-    if not dist.is_initialized():
-        return [thing]
-    things = [None] * train.world_size()
-    dist.all_gather_object(things, thing)
-    return things
-
-
 def gathered(tensor, dim=0):
     """Every process's tensor, concatenated along `dim`, on every process; lengths may differ."""
-    return torch.cat(of_all_processes(tensor.cpu()), dim).to(tensor.device)
+    return torch.cat(train.of_all_processes(tensor.cpu()), dim).to(tensor.device)
 
 
 @torch.no_grad()
@@ -599,7 +590,7 @@ def measure_features(run, train_set, val_set, args):
     """--task knn or logistic: accuracy over the whole validation set -> row, see `as_row`.
 
     PAPER SILENT: it has no k-NN. The field's compares features as they are; --whiten first gives
-    every direction the same variance, lest the few that vary most, such as colour, decide.
+    every direction the same variance, lest the few that vary most decide.
     """
     bank, bank_labels, places = extract(run, train_set, args)
     queries, labels, _ = (gathered(part) for part in extract(run, val_set, args))

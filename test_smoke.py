@@ -1824,6 +1824,8 @@ def test_bad_input_ends_in_one_line_with_status_2():
         refused(*fast, "--data", root / "missing", names=["missing", "--data shapes"])
         refused(*fast, "--data", root / "empty", names=["empty", "no images"])
         refused(*fast, "--data", root / "hole", names=["hole/nothing", "no images"])
+        write_folder(root / "high" / "classes")
+        refused(*fast, "--data", root / "high", names=["Then give --data", "high/classes"])
         refused(*fast, "--data", root / "mixed", names=["stray.png", "mixed"])
         refused(*fast, "--data", root / "few", names=["6 images", "hold out"])
         refused(*fast, "--patch-size", 6, names=["patch size 6", "power of two"])
@@ -1833,6 +1835,8 @@ def test_bad_input_ends_in_one_line_with_status_2():
         refused(*fast, "--ada-p", 1.5, names=["--ada-p 1.5"])
         refused(*fast, "--loss", "ls_gan", "--norm-pix-loss", names=["--norm-pix-loss", "mse"])
         refused(*fast, "--loss", "ms_ssim", "--image-size", 16, names=["--image-size 16", "24"])
+        scales = ["--loss", "msg_gan", "--image-size", 48, "--patch-size", 16]
+        refused(*fast, *scales, names=["5 image scales", "[48, 24, 12, 6]", "smaller patches"])
         refused(*fast, "--limit-images", 3, names=["3 training images", "--batch-size"])
         refused(*fast, "--mask-ratio", 0.99, names=["--mask-ratio 0.99", "16 patches"])
         refused(*fast, "--amp", "fp16", names=["fp16", "GPU"])
@@ -2065,6 +2069,7 @@ def test_coco_scenes_refuse_what_does_not_fit_in_one_line():
         ('{"images": []}', "torn or not COCO's"),
         (changed("annotations", image_id=5), "annotation 1 is of image 5, which is not listed"),
         (changed("annotations", category_id=8), "annotation 1 is of category 8"),
+        (changed("annotations", bbox=[1, 2]), "annotation 1 has a box of 2 numbers"),
         (changed("annotations", segmentation=mask), "mask of [8, 11], its image [8, 12]"),
         (changed("images", file_name="none.jpg"), "not there, such as"),
     ):
@@ -2276,12 +2281,28 @@ def test_pictures_show_the_whole_reconstruction_where_all_of_it_was_trained():
         assert ("reconstruction" in columns) == whole and "pasted" in columns, list(columns)
 
 
-def test_a_run_that_ends_below_mean_fill_says_so():
+def test_a_run_says_where_it_begins_how_it_goes_on_and_that_it_ends_below_mean_fill():
+    flags = ["--limit-images", 8, "--epochs", 1, "--lr", 1e-9, "--out"]
     with scratch() as root, mock.patch.object(train, "say") as say:
-        flags = ["--limit-images", 8, "--epochs", 1, "--lr", 1e-9, "--out", root]
-        assert command(*FAST, *flags)[0] == 0
+        for more in (["--steps", 1], []):
+            assert command(*FAST, *flags, root, *more)[0] == 0
     lines = [call.args[0] for call in say.call_args_list]
-    assert any("try more than 2 steps" in line and "1e-09" in line for line in lines), lines
+    expected = ["from the start: 8 training images, 4 per step", "the same command continues"]
+    expected += [
+        "from step 1: 8 training images",
+        "try more than 2 steps, or another --lr than 1e-09",
+    ]
+    places = [next(i for i, line in enumerate(lines) if words in line) for words in expected]
+    assert places == sorted(places), lines
+
+
+def test_the_demo_says_in_words_what_it_reached():
+    for psnr, words in ((19.0, "4.9 dB above the mean colour"), (13.5, "0.6 dB below the mean")):
+        with scratch() as root, mock.patch.object(train, "say") as say:
+            train.write_row({"epoch": 5, "psnr": psnr, "psnr_mean_fill": 14.1}, root)
+            train.explain_demo(root)
+        text = say.call_args[0][0]
+        assert words in text and "epoch_0005.png" in text, text
 
 
 def test_validation_measures_hidden_pixels_alone():

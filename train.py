@@ -506,6 +506,15 @@ def mean_over_processes(tensor):
     return tensor / world_size()
 
 
+def of_all_processes(thing):
+    """Every process's `thing`, as a list by their ranks, on every process; it is pickled."""
+    if not dist.is_initialized():
+        return [thing]
+    things = [None] * world_size()
+    dist.all_gather_object(things, thing)
+    return things
+
+
 def sum_over_processes(values, device):
     """Sum each number of a dict over all processes, in one collective and one GPU sync.
 
@@ -892,10 +901,7 @@ def note_bad_images(found, known, dataset, fate="replaced"):
     found: {index: reason} of this process. known: list of indices. fate: what became of them.
     Call on all processes.
     """
-    everyone = [found]
-    if dist.is_initialized():
-        everyone = [None] * world_size()
-        dist.all_gather_object(everyone, found)
+    everyone = of_all_processes(found)
     for index, reason in {k: v for part in everyone for k, v in part.items()}.items():
         known.append(index)
         say(f"unreadable, {fate}: {dataset.name(index)} ({reason})", sys.stderr)
@@ -1397,7 +1403,8 @@ def explain_demo(out):
     gain, picture = row["psnr"] - row["psnr_mean_fill"], f"epoch_{row['epoch']:04d}.png"
     say(
         f"The autoencoder saw a quarter of each picture. Where it saw nothing, its painting has a "
-        f"PSNR of {row['psnr']:.1f} dB, {gain:.1f} dB above the mean colour of what it saw (3 dB "
+        f"PSNR of {row['psnr']:.1f} dB, {abs(gain):.1f} dB {'above' if gain > 0 else 'below'} the "
+        f"mean colour of what it saw (3 dB "
         f"halve the squared error).\n"
         f"Look at {out}/pictures/{picture}. Next: python finetune.py --demo"
     )
