@@ -560,6 +560,10 @@ class PretrainSet(Dataset):
     this sample draws. bad: [(index, reason)] of files that could not be read on the way to a
     readable one; the next image stands in for them.
 
+    With `epoch_images` an epoch is that long, and goes round few images many times, each time with
+    draws of its own: pre-training on 1 to 1000 images (Kong and Zhang 2023, Table 6, who do not say
+    how long an epoch is). What does not fit in one epoch comes in the next.
+
     PAPER: supplement, Table 1: RandomResizedCrop and colour jitter 0.4. PAPER SILENT: crop scale
     (.2, 1) and flips are MAE's; jitter is of brightness, contrast and saturation, not of hue (the
     authors' code varies gamma under the name of brightness).
@@ -577,8 +581,10 @@ class PretrainSet(Dataset):
         flip=True,  # mirror half of the images
         jitter=0.4,  # strength of colour jitter; 0 = none
         limit=None,  # use only so many images, a seeded choice
+        epoch_images=None,  # samples of an epoch; None = as many as there are images
     ):
         self.source, self.image_size, self.num_patches = source, image_size, num_patches
+        self.epoch_images = epoch_images
         self.seed, self.augment, self.crop_min = seed, augment, crop_min
         self.flip = v2.RandomHorizontalFlip(0.5 if flip else 0.0)
         self.distort = v2.ColorJitter(jitter, jitter, jitter)
@@ -588,7 +594,7 @@ class PretrainSet(Dataset):
         self.indices = chosen.tolist()
 
     def __len__(self):
-        return len(self.indices)
+        return self.epoch_images or len(self.indices)
 
     def name(self, index):
         """What to call image `index` in a message: its file, if it has one."""
@@ -596,12 +602,14 @@ class PretrainSet(Dataset):
         return files[self.indices[index]] if files else f"image {self.indices[index]}"
 
     def bad_limit(self):
-        """How many distinct unreadable images a run puts up with."""
-        return max(10, len(self) // 100)
+        """How many distinct unreadable images a run puts up with: never all."""
+        return min(max(10, len(self.indices) // 100), len(self.indices) - 1)
 
     def __getitem__(self, key):
         epoch, index = key
         seed = sample_seed(self.seed, epoch, index)
+        # Images in turn, epoch after epoch; just `index` where an epoch has each image once.
+        index = (epoch * len(self) + index) % len(self.indices)
         bad = []
         while True:
             try:
@@ -611,10 +619,10 @@ class PretrainSet(Dataset):
                     return *self.sample(index), seed, bad
             except Exception as error:  # decoders raise anything; the run reports and counts it
                 bad.append((index, f"{type(error).__name__}: {error}"))
-            if len(bad) > self.bad_limit() or len(bad) == len(self):  # the run is about to end
+            if len(bad) > self.bad_limit():  # the run is about to end
                 blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
                 return blank, self.companion(index), seed, bad
-            index = (index + 1) % len(self)
+            index = (index + 1) % len(self.indices)
 
     def sample(self, index):
         """(image, companion) of an image; draws from torch's global generator."""

@@ -1658,6 +1658,57 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone():
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is given back
 
 
+def test_a_long_epoch_goes_round_few_images_with_draws_of_its_own():
+    source = data.Shapes("train", 32)
+
+    def keys_and_images(limit, length, epochs):
+        common = dict(image_size=32, num_patches=16, seed=0, limit=limit, epoch_images=length)
+        drawn, dataset = [], data.PretrainSet(source, augment=False, **common)
+        for epoch in range(1, epochs + 1):
+            drawn += [dataset[epoch, i] for i in range(len(dataset))]
+        assert len(drawn) == epochs * (length or limit)
+        return drawn
+
+    def distinct(samples, part):
+        return len({sample[part].numpy().tobytes() for sample in samples})
+
+    long = keys_and_images(3, 10, 2)  # not augmented: equal images are equal pixels
+    assert distinct(long, 0) == 3 and distinct(long, 1) == 20 == len({s[2] for s in long})
+    counts = [sum(torch.equal(a[0], b[0]) for b in long) for a in long[:3]]
+    assert sorted(counts) == [6, 7, 7]  # of 20 samples, over both epochs
+    assert distinct(keys_and_images(6, 4, 3), 0) == 6  # shorter than the images: the rest is next
+    for a, b in zip(keys_and_images(5, None, 2), keys_and_images(5, 5, 2), strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[2] == b[2]
+
+
+def test_a_run_over_few_images_stopped_in_mid_epoch_continues_bit_for_bit():
+    with scratch() as root:
+        flags = [*FAST, "--limit-images", 3, "--epoch-images", 8, "--epochs", 2]
+        assert command(*flags, "--out", root / "once")[0] == 0
+        assert command(*flags, "--out", root / "twice", "--steps", 3)[0] == 0  # of 4
+        twice = [*flags, "--out", root / "twice"]
+        refused(*twice, "--epoch-images", 12, names=["8 images per epoch (now 12)"])
+        refused(*twice, "--limit-images", 2, names=["3 training images (now 2)"])
+        assert command(*twice)[0] == 0
+        same_weights(root / "once", root / "twice")
+        refused(*twice, "--epoch-images", 3, names=["3 training images per epoch", "the 4 of"])
+
+
+def test_of_few_images_unreadable_ones_are_named_once_and_never_all():
+    with scratch() as root:
+        write_folder(root / "train", count=2)
+        write_folder(root / "val", count=2)
+        (root / "train" / "b" / "1.png").write_text("not an image")
+        flags = [*FAST, "--data", root, "--out", root / "run", "--epoch-images", 40]
+        status, errors = command(*flags, "--epochs", 2)
+        assert status == 0 and errors.count("replaced: ") == 1 and "b/1.png" in errors, errors
+        assert [row["bad_images"] for row in log_of(root / "run")] == [1, 1]
+        for name in ("a/0.png", "a/1.png", "b/0.png"):
+            (root / "train" / name).write_text("not an image")
+        status, errors = command(*flags, "--epochs", 2, "--resume", "off")
+        assert status == 2 and "4 of 4 images are unreadable" in errors.splitlines()[-1], errors
+
+
 def test_sampler_deals_each_image_once_and_resumes_in_mid_epoch():
     def order(rank=0, world=1, start=0, epoch=1):
         sampler = data.EpochSampler(23, global_batch=4, seed=0, rank=rank, world=world)

@@ -723,6 +723,7 @@ def build_data(args):
         flip=args.flip,
         jitter=args.jitter,
         limit=args.limit_images,
+        epoch_images=args.epoch_images,
         **common,
     )
     check_one_step(train_set, args)
@@ -733,8 +734,8 @@ def check_one_step(train_set, args):
     """Are there images for at least one step?"""
     if len(train_set) < images_per_step(args):
         fail(
-            f"{len(train_set)} training images are fewer than the {images_per_step(args)} of one "
-            "step; lower --batch-size"
+            f"{len(train_set)} training images per epoch are fewer than the "
+            f"{images_per_step(args)} of one step; lower --batch-size"
         )
 
 
@@ -795,14 +796,17 @@ def open_run(run, train_set, args):
     """Continue or begin a run, as --resume says -> (progress, sampler, loader)."""
     out = Path(args.out)
     # These must not change within an epoch, or the steps that are done would mean others.
-    layout = {"images per step": images_per_step(args), "training images": len(train_set)}
+    layout = {"images per step": images_per_step(args), "training images": len(train_set.indices)}
+    layout["images per epoch"] = len(train_set)
     progress = resume(run, out / "checkpoint.pt", layout, args)
     steps = sum_over_processes({"all": progress["step"]}, run.device)["all"]
     if steps != world_size() * progress["step"]:
         fail(f"the nodes disagree on {out}/checkpoint.pt: put --out on a disk that they share")
     if is_main() and not finished(progress, args):
         start_output(out, progress["epoch"])
-        count = f"{len(train_set)} training images, {images_per_step(args)} per step"
+        count = f"{layout['training images']} training images, {images_per_step(args)} per step"
+        if len(train_set) != layout["training images"]:
+            count += f", {len(train_set)} per epoch"
         begins = f"from step {progress['step']}" if progress["step"] else "from the start"
         precision = run.dtype or torch.float32
         say(f"{begins}: {count}; {run.device}, {world_size()} process(es), {precision}")
@@ -837,10 +841,11 @@ def resume(run, path, layout, args):
         fail(f"{path} was trained with {listed}; give the same, or another --out, or --resume off")
     progress = checkpoint["progress"]
     for what, number in layout.items():
-        if progress["epoch_step"] and progress["layout"][what] != number:
+        before = progress["layout"].get(what, number)  # earlier versions kept fewer
+        if progress["epoch_step"] and before != number:
             fail(
-                f"{path} was saved within an epoch with {progress['layout'][what]} {what} (now "
-                f"{number}): keep that until the epoch's end"
+                f"{path} was saved within an epoch with {before} {what} (now {number}): keep that "
+                "until the epoch's end"
             )
     for name, part in run.parts.items():
         if not checkpoint[name]:  # a disabled scaler's state is empty
@@ -905,11 +910,10 @@ def note_bad_images(found, known, dataset, fate="replaced"):
     for index, reason in {k: v for part in everyone for k, v in part.items()}.items():
         known.append(index)
         say(f"unreadable, {fate}: {dataset.name(index)} ({reason})", sys.stderr)
-    allowed = min(dataset.bad_limit(), len(dataset) - 1)
-    if len(known) > allowed:
+    if len(known) > dataset.bad_limit():
         fail(
-            f"{len(known)} of {len(dataset)} images are unreadable, a run allows {allowed}; "
-            "repair or remove them, then continue"
+            f"{len(known)} of {len(dataset.indices)} images are unreadable, a run allows "
+            f"{dataset.bad_limit()}; repair or remove them, then continue"
         )
 
 
@@ -1282,6 +1286,7 @@ def build_parser():
         parser,
         "data",
         *DATA_FLAGS,
+        ("--epoch-images", COUNT, None, "samples of an epoch; None = each image once"),
         ("--val-images", COUNT, 256, "held-out images to measure"),
         ("--crop-min", POSITIVE, 0.2, "smallest crop, part of the area"),
         ("--flip", bool, True, "mirror half of the images"),
