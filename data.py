@@ -37,7 +37,10 @@ VIEW = 384  # pixels, side of the images in pictures with writing on them
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
 EXIF_ORIENTATION = 0x0112  # tag: 1 = upright, 5 to 8 = lying on its side
 HEAT_COLOURS = ((5, 3, 25), (85, 20, 110), (190, 55, 85), (248, 145, 30), (252, 250, 180))
-CURVE_COLOURS = ("#1f5fa8", "#d9731a", "#3a8f3a")  # of the lines of one chart
+CURVE_COLOURS = (  # of the lines of one chart
+    *("#1f5fa8", "#d9731a", "#3a8f3a", "#b8324a"),
+    *("#7b4fb0", "#1b9aaa", "#8a6a3d", "#666666"),
+)
 CURVES = {  # charts of curves.png: {title: {entry of the log: label}}, one unit each
     "pixel term": {"pixel": ""},
     "adversarial term (eq. 5)": {"adversarial": ""},
@@ -1411,19 +1414,29 @@ def save_curves(path, rows, panels, across=3):
         for title, names in panels.items()
     }
     panels = {title: lines for title, lines in panels.items() if lines}
-    if not panels:
-        return
+    span = (rows[0]["epoch"], rows[-1]["epoch"]) if panels else ()
+    charts = {title: ("epoch", *span, lines) for title, lines in panels.items()}
+    if charts:
+        save_charts(path, charts, across=across)
+
+
+def save_charts(path, charts, *, across=3, bounds=None, legend=False):
+    """Write a PNG of line charts.
+
+    charts: {title: (what x is, its first value, its last, {label: [(x, y), ...]})}. across: charts
+    in a row. bounds: (lowest, highest) y of all charts; None = each chart's own. legend: the
+    charts have the same labels, which stand once, above all.
+    """
     fine, width, height = 3, 300, 190  # drawn at three times the size, then averaged: no jaggies
-    down = math.ceil(len(panels) / across)
-    canvas = Image.new("RGB", (width * across * fine, height * down * fine), "white")
+    down, top = math.ceil(len(charts) / across), 26 if legend else 0
+    canvas = Image.new("RGB", (width * across * fine, (height * down + top) * fine), "white")
     draw = ImageDraw.Draw(canvas)
     big, small = (ImageFont.load_default(size=points * fine) for points in (14, 11))
-    first, last = rows[0]["epoch"], rows[-1]["epoch"]
-    for place, (title, lines) in enumerate(panels.items()):
-        x0, y0 = (place % across * width + 52) * fine, (place // across * height + 30) * fine
+    for place, (title, (axis, first, last, lines)) in enumerate(charts.items()):
+        x0, y0 = (place % across * width + 52) * fine, (place // across * height + 30 + top) * fine
         x1, y1 = x0 + (width - 70) * fine, y0 + (height - 58) * fine
         values = [value for points in lines.values() for _, value in points]
-        low, high = min(values), max(values)
+        low, high = bounds or (min(values), max(values))
         if high - low < 1e-9:  # a flat line goes through the middle
             low, high = low - 0.5, high + 0.5
         draw.text((x0, y0 - 8 * fine), title, "black", big, anchor="ls")
@@ -1432,20 +1445,25 @@ def save_curves(path, rows, panels, across=3):
             draw.line([(x0, y), (x1, y)], "#dddddd", fine)
             draw.text((x0 - 5 * fine, y), f"{value:.3g}", "#555555", small, anchor="rm")
         draw.text((x0, y1 + 5 * fine), str(first), "#555555", small, anchor="lt")
-        draw.text((x1, y1 + 5 * fine), f"epoch {last}", "#555555", small, anchor="rt")
-        legend = x1
-        for colour, (label, points) in zip(CURVE_COLOURS, lines.items(), strict=False):
+        draw.text((x1, y1 + 5 * fine), f"{axis} {last}", "#555555", small, anchor="rt")
+        right, left = x1, 52 * fine  # where the next label ends, or begins
+        for number, (label, points) in enumerate(lines.items()):
+            colour = CURVE_COLOURS[number % len(CURVE_COLOURS)]
             line = [
                 (
-                    x0 + (x1 - x0) * ((epoch - first) / (last - first) if last > first else 0.5),
+                    x0 + (x1 - x0) * ((x - first) / (last - first) if last > first else 0.5),
                     y1 + (y0 - y1) * (value - low) / (high - low),
                 )
-                for epoch, value in points
+                for x, value in points
             ]
             draw.line(line, colour, 2 * fine, joint="curve")
             for x, y in line if len(line) <= 20 else []:
                 radius = 2.5 * fine
                 draw.ellipse([x - radius, y - radius, x + radius, y + radius], colour)
-            draw.text((legend, y0 - 8 * fine), label, colour, small, anchor="rs")
-            legend -= draw.textlength(label, small) + 8 * fine
+            if legend:
+                draw.text((left, 20 * fine), label, colour, big, anchor="ls")
+                left += draw.textlength(label, big) + 18 * fine
+            else:
+                draw.text((right, y0 - 8 * fine), label, colour, small, anchor="rs")
+                right -= draw.textlength(label, small) + 8 * fine
     canvas.reduce(fine).save(path)

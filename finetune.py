@@ -7,14 +7,16 @@
     python finetune.py --task segment --data path/to/ade20k --checkpoint runs/mse/checkpoint.pt
     python finetune.py --eval --checkpoint runs/mse/finetune/best.pt
     python finetune.py --task reconstruct --checkpoint runs/mse/checkpoint.pt [MORE ...]
+    python finetune.py --task cka --checkpoint runs/mse/checkpoint.pt [MORE ...] none
     python finetune.py --export encoder.pt --format timm --checkpoint runs/mse/checkpoint.pt
 
 --task linear, finetune, detect and segment are sec. 4 of the paper ("Fine-tuning"), the
 supplement's A.2 and Table 2; knn and logistic measure features computed once, without augmentation;
-reconstruct measures and draws reconstructions: Table 1, Figures 2 and 3. In order: what a step of
-each task minimises, the loop, network and optimiser; accuracy; average precision and mean IoU
-(Table 3); k-NN and logistic regression; reconstructions; then, under a banner, checkpoints, data,
-benchmark, command line. What keeps a run alive (processes, precision, checkpoints) is train.py's.
+reconstruct measures and draws reconstructions: Table 1, Figures 2 and 3; cka how alike an encoder's
+features of masked and of whole images are. In order: what a step of each task minimises, the loop,
+network and optimiser; accuracy; average precision and mean IoU (Table 3); k-NN and logistic
+regression; reconstructions; CKA; then, under a banner, checkpoints, data, benchmark, command line.
+What keeps a run alive (processes, precision, checkpoints) is train.py's.
 
 --checkpoint takes those of train.py, any project's file of ViT-MAE weights, or `none`: random
 weights. --data: a folder of images in class folders, COCO's own layout for detect, ADE20K's for
@@ -23,9 +25,9 @@ and log.jsonl, in per cent: top1 and top5 of the validation images; ap... of box
 masks, as COCO defines them (-1: no such objects); miou over the classes in truth or prediction,
 miou_all over all. Each measurement of a detector, --eval's too, also writes results_bbox.json and
 results_segm.json in COCO's result format, and either dense task pictures/. knn and logistic write
-log.jsonl; reconstruct eval.json and pictures/; OUT of --eval is the checkpoint's folder. Run the
-same command again after any interruption and a training continues where its checkpoint was saved
-(--demo starts anew).
+log.jsonl; reconstruct eval.json and pictures/, cka cka.json and pictures/; OUT of --eval is the
+checkpoint's folder. Run the same command again after any interruption and a training continues
+where its checkpoint was saved (--demo starts anew).
 """
 
 import argparse
@@ -847,6 +849,121 @@ def draw_figures(folder, runs, val_set, device, rows=8):
         data.save_picture(folder / "attention.png", figure_3)
 
 
+# ---- CKA of the features of masked and of whole images -------------------------------------------
+
+RATIOS = [n / 10 for n in range(1, 10)]  # hidden parts of the patches
+
+
+def open_encoders(args, device):
+    """--checkpoint's encoders -> ({name of the row: encoder}, args with what they settle).
+
+    Files come first, then `none`, random weights of the first file's sizes. All must take images
+    and patches of one size, so that they see the same patches.
+    """
+    encoders, first = {}, None
+    for path in sorted(args.checkpoints, key="none".__eq__):
+        asked = args if path != "none" else first or args
+        weights, own = open_checkpoint(argparse.Namespace(**vars(asked) | {"checkpoint": path}))
+        first = first or own
+        sizes, others = ((x.image_size, x.patch_size) for x in (own, first))
+        if sizes != others:
+            first = f"{first.checkpoint} {others}"
+            fail(f"{path} has --image-size and --patch-size {sizes}, {first}: compare them apart")
+        torch.manual_seed(args.seed)  # the same random weights on every process
+        with train.refusals():
+            encoder = model.build_encoder(own.model, *sizes, drop=0.0)
+            if weights is not None:
+                weights = model.encoder_weights(weights, encoder.side, path)
+                model.load_whole(encoder, weights, path)
+        file = Path(path).absolute()  # checkpoint.pt is what all of train.py's files are called
+        name = file.parent.name if file.name == "checkpoint.pt" else file.stem
+        name = "random weights" if path == "none" else name
+        name += f" {len(encoders) + 1}" if name in encoders else ""
+        encoders[name] = encoder.to(device).eval()
+    return encoders, first
+
+
+def block_features(encoder, images, ids_keep):
+    """Mean patch token after each block, before the encoder's last norm: (blocks, B, C) float32.
+
+    images: (B, 3, H, W) in [0, 1]. ids_keep: (B, K), the patches to look at.
+    """
+    levels, parts = range(1, len(encoder.blocks) + 1), []
+    for some, ids in zip(images.split(32), ids_keep.split(32), strict=True):  # less memory
+        _, outputs = encoder.encode(some, ids, levels)  # [(b, 1 + K, C)]
+        parts.append(torch.stack([tokens[:, 1:].float().mean(dim=1) for tokens in outputs]))
+    return torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
+def measure_cka(args, device):
+    """How little does an encoder mind what is hidden? CKA of its features of masked and of whole
+    images, for each of RATIOS and each block: Figure 1 of Kong and Zhang, "Understanding Masked
+    Image Modeling via Learning Occlusion Invariant Feature", CVPR 2023.
+
+    PAPER SILENT (theirs): tokens, batches, images. Ours: the mean of the patches that the encoder
+    sees; 256 images, --batch-size; the whole validation set. --seed fixes an image's masks; what a
+    low ratio hides, a higher one hides, too.
+    """
+    encoders, args = open_encoders(args, device)
+    patches = (args.image_size // args.patch_size) ** 2
+    if int(patches * (1 - RATIOS[-1])) < 1:
+        fail(f"with {RATIOS[-1]} hidden, none of {patches} patches is left; lower --patch-size")
+    _, source = train.open_data(args, args.image_size)
+    common = dict(image_size=args.image_size, num_patches=patches, seed=args.seed)
+    val_set = data.PretrainSet(source, augment=False, limit=args.val_images, **common)
+    dtype, found, unread = train.choose_precision(args.amp, device), {}, []
+    sums = {k: torch.zeros(len(RATIOS), len(e.blocks), 3).double() for k, e in encoders.items()}
+    mine = torch.arange(train.rank(), len(val_set), train.world_size()).split(args.batch_size)
+    bar, count = tqdm(shard(val_set, args), disable=None if is_main() else True), 0
+    for index, (images, mask_noise, _, bad) in zip(mine, bar, strict=True):
+        found |= dict(bad)
+        kept = ~torch.isin(index, torch.tensor([i for i, _ in bad], dtype=torch.long))
+        if kept.sum() < 4:  # too few for an estimate
+            continue
+        count += kept.sum().item()
+        images, mask_noise = data.to_float(images[kept].to(device)), mask_noise[kept].to(device)
+        for name, encoder in encoders.items():
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                seen = (model.random_masking(mask_noise, ratio)[0] for ratio in [0, *RATIOS])
+                whole, *masked = (block_features(encoder, images, ids) for ids in seen)
+            sums[name] += torch.stack([losses.cka_sums(x, whole) for x in masked]).cpu()
+    note_unread(found, unread, val_set)
+    parts, counts = zip(*train.of_all_processes((sums, count)), strict=True)
+    values = {name: losses.cka(sum(part[name] for part in parts)) for name in encoders}
+    if not all(value.isfinite().all() for value in values.values()):
+        fail(f"{sum(counts)} images in batches of {args.batch_size} are too few for an estimate")
+    about = {"data": args.data, "images": sum(counts), "unreadable": len(unread), "ratios": RATIOS}
+    about |= {k: getattr(args, k) for k in ("checkpoints", "image_size", "patch_size")}
+    about |= {k: getattr(args, k) for k in ("batch_size", "seed")}
+    if is_main():
+        write_cka(Path(args.out), values, about)
+
+
+def write_cka(out, values, about):
+    """OUT/cka.json; a table and OUT/pictures/cka.png of the first, a middle and the last block.
+
+    values: {name: CKA (ratios, blocks)}.
+    """
+    width, charts = max(map(len, values)), {}
+    say(f"CKA of masked and whole images ({about['images']}), by the hidden part:")
+    say(" " * (width + 8) + "".join(f"{ratio:7}" for ratio in RATIOS))
+    for place, part in (("first", 0), ("middle", 0.5), ("last", 1)):
+        lines = {}
+        for name, value in values.items():
+            row = value[:, round(part * (value.shape[1] - 1))].tolist()
+            lines[name] = list(zip(RATIOS, row, strict=True))
+            say(f"{place:6}  {name:{width}}" + "".join(f"{v:7.3f}" for v in row))
+        charts[f"{place} block"] = ("part hidden", RATIOS[0], RATIOS[-1], lines)
+    lowest = math.floor(10 * min(value.min().item() for value in values.values())) / 10
+    with train.writing(out):
+        (out / "pictures").mkdir(parents=True, exist_ok=True)
+        results = {name: value.tolist() for name, value in values.items()}
+        (out / "cka.json").write_text(json.dumps(about | {"cka": results}, indent=1) + "\n")
+        data.save_charts(out / "pictures/cka.png", charts, bounds=(lowest, 1), legend=True)
+    say(f"done: {out}/cka.json, {out}/pictures/cka.png")
+
+
 # ==================================================================================================
 # What keeps it running: checkpoints in and out, data, benchmark, command line.
 # ==================================================================================================
@@ -1033,7 +1150,7 @@ PLAIN = dict.fromkeys(FINETUNE, 0.0)
 # PAPER SILENT: layer-wise decay and stochastic depth; ours are MAE's for ViT-B.
 FINETUNE |= dict(layer_decay=0.75, drop_path=0.1)
 PLAIN |= dict(layer_decay=1.0, drop_path=0.0)
-TASKS = ("linear", "finetune", "detect", "segment", "knn", "logistic", "reconstruct")
+TASKS = ("linear", "finetune", "detect", "segment", "knn", "logistic", "reconstruct", "cka")
 TASKS = dict.fromkeys(TASKS, PLAIN) | {"finetune": FINETUNE}
 # PAPER SILENT: settings of detection and segmentation beyond rates, decay and epochs, which sec. 4
 # and Table 2 give for "all fine-tuned models". Ours: ViTDet's and MMSegmentation's layer-wise decay
@@ -1044,6 +1161,8 @@ TASKS["segment"] = SCENES | dict(layer_decay=0.65, width=512)
 DENSE = ("detect", "segment")
 TRAINED = ("linear", "finetune", *DENSE)
 ONCE = ("knn", "logistic")  # see each image once, without augmentation
+SEVERAL = ("reconstruct", "cka")  # compare any number of checkpoints
+CKA_BATCH = 256  # its estimate is the noisier, the fewer images are compared with each other
 PENALTIES = [10.0**n for n in range(-5, 0)]  # on the weights of logistic regression
 # `--demo`: measures what `train.py --demo` wrote against random weights, on two CPU cores.
 DEMO = dict(
@@ -1067,18 +1186,18 @@ def build_parser():
         description="Classify, detect or segment with a pre-trained encoder, measure "
         "reconstructions, export weights.",
         usage="finetune.py --checkpoint FILE|none --task linear|finetune|detect|segment|knn|"
-        "logistic|reconstruct [--data PATH|shapes|cifar10] [flags; see --help]",
+        "logistic|reconstruct|cka [--data PATH|shapes|cifar10] [flags; see --help]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     text = "of train.py, or another project's ViT-MAE; none: random weights; with --eval: of "
-    text += "finetune.py; reconstruct takes several"
+    text += "finetune.py; reconstruct and cka take several"
     parser.add_argument("--demo", action="store_true", help="after train.py --demo: against random")
     parser.add_argument("--eval", action="store_true", help="only measure --checkpoint on --data")
     parser.add_argument("--checkpoint", dest="checkpoints", metavar="FILE", nargs="+", help=text)
     train.add_flags(
         parser,
         "what to do",
-        ("--task", TASKS, "finetune", "what is done with the checkpoint"),
+        ("--task", TASKS, "finetune", f"what is done; cka: --batch-size {CKA_BATCH} by default"),
         ("--export", str, None, "file to write the checkpoint's weights to; no task"),
         ("--format", ("mae", "timm", "hf"), "mae", "whose names --export takes"),
         ("--pool", ("cls", "mean"), "cls", "what a classifier sees: CLS, or the mean patch token"),
@@ -1158,20 +1277,25 @@ def parse_args(argv=None):
     Ends with status 2 on a conflict.
     """
     parser = build_parser()
-    if parser.parse_known_args(argv)[0].demo:
+    asked = parser.parse_known_args(argv)[0]
+    if asked.demo:
         parser.set_defaults(**DEMO)  # flags that are given still win
+    elif asked.task == "cka":
+        parser.set_defaults(batch_size=CKA_BATCH)
     args = parser.parse_args(argv)
     if args.benchmark and args.checkpoints is None:
         args.checkpoints = ["none"]
     if args.checkpoints is None:
         fail("--checkpoint is missing: give a file, or none for random weights; or try --demo")
-    args.checkpoint = args.checkpoints[0]
-    if len(args.checkpoints) > 1 and (args.task != "reconstruct" or args.export):
-        fail("only --task reconstruct takes several checkpoints; give one")
-    if args.checkpoint == "none" and (args.eval or args.export or args.task == "reconstruct"):
+    args.checkpoint = next((path for path in args.checkpoints if path != "none"), "none")
+    if len(args.checkpoints) > 1 and (args.task not in SEVERAL or args.export):
+        fail(f"only --task {' and '.join(SEVERAL)} take several checkpoints; give one")
+    if "none" in args.checkpoints and (args.eval or args.export or args.task == "reconstruct"):
         fail("random weights are nothing to measure or export; give a file with --checkpoint")
-    if args.eval and args.task == "reconstruct":
-        fail("--eval measures a classifier; --task reconstruct measures by itself")
+    if args.eval and args.task in SEVERAL:
+        fail(f"--eval measures a classifier; --task {args.task} measures by itself")
+    if args.task == "cka" and args.batch_size < 4:
+        fail(f"--batch-size {args.batch_size} is too small for CKA; give 4 or more")
     if args.benchmark and args.task not in TRAINED:
         fail(f"--benchmark times training steps, and --task {args.task} has none")
     if args.task in DENSE:
@@ -1277,6 +1401,8 @@ def main(argv=None):
         demo(args, device)
     elif args.task == "reconstruct":
         measure_reconstructions(args, device)
+    elif args.task == "cka":
+        measure_cka(args, device)
     else:
         stopped, _ = run_task(args, device)
     if dist.is_initialized():

@@ -466,6 +466,45 @@ def frechet_distance(mean_x, cov_x, mean_y, cov_y):
     return distance.item()
 
 
+# ---- Similarity of features: CKA -----------------------------------------------------------------
+
+
+def hsic(K, L):
+    """Unbiased estimate of the Hilbert-Schmidt independence criterion: (..., n, n) -> (...).
+
+    K, L: kernel matrices of the same n >= 4 images, whose diagonals do not count. Its mean is 0 for
+    independent features, so it may be below. Song et al. 2012, HSIC_1.
+    """
+    n = K.shape[-1]
+    K, L = (kernel * (1 - torch.eye(n).to(kernel)) for kernel in (K, L))
+    of_k, of_l = K.sum(dim=-1), L.sum(dim=-1)  # (..., n), each image's with all others
+    sums = (K * L).sum(dim=(-2, -1)) - 2 / (n - 2) * (of_k * of_l).sum(dim=-1)
+    sums = sums + of_k.sum(dim=-1) * of_l.sum(dim=-1) / ((n - 1) * (n - 2))
+    return sums / (n * (n - 3))
+
+
+def cka_sums(x, y):
+    """What `cka` needs of a batch, to be added up over batches and processes: (..., 3) float64.
+
+    x: (..., n, C), y: (..., n, D), features of the same n >= 4 images. Returns n times the HSIC of
+    linear kernels, of x with y, x with itself, y with itself: a batch counts by its images.
+    """
+    x, y = (z.double() - z.double().mean(dim=-2, keepdim=True) for z in (x, y))  # less rounding
+    K, L = x @ x.mT, y @ y.mT
+    return x.shape[-2] * torch.stack([hsic(K, L), hsic(K, K), hsic(L, L)], dim=-1)
+
+
+def cka(sums):
+    """Linear centred kernel alignment (Kornblith et al. 2019) of `cka_sums`: (..., 3) -> (...).
+
+    1: features equal up to rotation, shift and scale; about 0: unrelated. The ratio is that of the
+    sums over all batches (Nguyen et al. 2021): the mean of the batches' ratios would be biased.
+    Not finite where too few images leave features an HSIC of 0 or less with themselves.
+    """
+    both, x, y = sums.unbind(dim=-1)
+    return both / (x.clamp(min=0) * y.clamp(min=0)).sqrt()
+
+
 # ---- Average precision of detections (Table 3: COCO) ---------------------------------------------
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # T

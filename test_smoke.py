@@ -373,6 +373,48 @@ def test_segmentation_scores_have_their_hand_values():
     assert matrix.sum() == 5 and matrix[0, 1] == 1  # truth 0, called 1
 
 
+def slow_hsic(K, L):
+    """The U-statistic that defines HSIC, over all quadruples of different images (Song et al. 2012,
+    eq. 5: the kernel of its order-four statistic, one term for each ordered quadruple)."""
+    total, count = 0.0, 0
+    for i, j, q, r in itertools.permutations(range(len(K)), 4):
+        total += (K[i, j] * (L[i, j] + L[q, r] - 2 * L[i, q])).item()
+        count += 1
+    return total / count
+
+
+def test_hsic_equals_the_mean_over_quadruples_of_images():
+    generator = torch.Generator().manual_seed(0)
+    for n in (4, 7):
+        x, y = (torch.randn(n, c, generator=generator).double() for c in (3, 5))
+        K, L = x @ x.T, y @ y.T  # not centred, with their diagonals
+        close(losses.hsic(K, L), slow_hsic(K, L), 1e-12)
+        close(
+            losses.hsic(torch.stack([K, K]), torch.stack([L, K])),
+            [slow_hsic(K, L), slow_hsic(K, K)],
+            1e-12,
+        )
+        close(losses.cka_sums(x + 7, y)[0], n * slow_hsic(K, L), 1e-12)  # shifts change nothing
+
+
+def test_cka_is_1_of_features_turned_shifted_and_scaled_and_0_of_unrelated_ones():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 64, 300, generator=generator)  # five batches of 64, 300 channels
+    turn = torch.linalg.qr(torch.randn(300, 300, generator=generator))[0]
+    same = losses.cka(losses.cka_sums(x, 3 * x @ turn + 2).sum(dim=0))
+    close(same, 1, 1e-5)
+    sums = losses.cka_sums(*torch.randn(2, 50, 64, 300, generator=generator))
+    assert sums.shape == (50, 3) and sums.dtype == torch.float64
+    close(losses.cka(sums.sum(dim=0)), 0, 0.01)
+
+    def biased(x, y):  # the plain formula
+        x, y = x - x.mean(dim=0), y - y.mean(dim=0)
+        return (x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
+
+    assert biased(*torch.randn(2, 64, 300, generator=generator)) > 0.75
+    assert not losses.cka(torch.zeros(3)).isfinite() and not losses.cka(-torch.ones(3)).isfinite()
+
+
 # ---- Networks ------------------------------------------------------------------------------------
 
 
@@ -2459,6 +2501,101 @@ def test_what_cannot_be_measured_is_refused():
         torch.save({"fc.bias": torch.zeros(1008)}, root / "part.pth")
         tune_refused(*given, root / "part.pth", names=["missing: Conv2d_1a", "more"])
         tune_refused(*given, root / "no.pth", names=["no.pth", "not exist"])
+
+
+CKA = ["--task", "cka", "--data", "shapes", "--workers", "0"]
+
+
+def test_cka_compares_any_checkpoints_and_random_weights_block_by_block():
+    with scratch() as root:
+        for loss in ("mse", "msg_gan_p"):
+            (root / loss).mkdir()
+            save_autoencoder(root / loss / "checkpoint.pt", "--loss", loss, "--seed", "1")
+        mse, msg = (root / loss / "checkpoint.pt" for loss in ("mse", "msg_gan_p"))
+        weights = torch.load(mse, weights_only=True)["mae"]
+        torch.save({"model": weights}, root / "published.pth")
+        given = [*CKA, "--val-images", 14, "--batch-size", 6]  # 6, 6, and 2: too few
+        files = ["none", mse, msg, root / "published.pth"]
+        assert tune(*given, "--checkpoint", *files, "--out", root / "out")[0] == 0
+        found = json.loads((root / "out" / "cka.json").read_text())
+        names = ["mse", "msg_gan_p", "published", "random weights"]
+        assert list(found["cka"]) == names and found["images"] == 12
+        assert found["cka"]["published"] == found["cka"]["mse"]
+        assert found["cka"]["random weights"] != found["cka"]["mse"]
+        values = torch.tensor(found["cka"]["mse"])
+        assert values.shape == (9, 6) and found["ratios"] == [n / 10 for n in range(1, 10)]
+        assert (values[0] > values[-1]).all()  # .1 and .9 hidden
+        assert (root / "out" / "pictures" / "cka.png").exists()
+        # By hand: the third block where .7 is hidden.
+        encoder = model.build_encoder("tiny", 32, 8, 0.0)
+        model.load_whole(encoder, model.encoder_weights(weights, 4, ""), "")
+        source = data.open_sources("shapes", image_size=32, seed=0)[1]
+        dataset = data.PretrainSet(
+            source, augment=False, limit=14, image_size=32, num_patches=16, seed=0
+        )
+        images, noise, *_ = data.collate([dataset[0, i] for i in range(12)])
+        visible = noise.argsort(dim=1)[:, :4]  # int(16 * .3)
+        tokens = [encoder.encode(images / 255, ids, [3])[1][0] for ids in (visible, None)]
+        x, y = (t[:, 1:].mean(dim=1).detach().double() for t in tokens)
+        hsic = [
+            sum(
+                slow_hsic(a[n : n + 6] @ a[n : n + 6].T, b[n : n + 6] @ b[n : n + 6].T)
+                for n in (0, 6)
+            )
+            for a, b in ((x, y), (x, x), (y, y))
+        ]
+        close(values[6, 2], hsic[0] / (hsic[1] * hsic[2]) ** 0.5, 1e-4)
+
+
+def test_cka_sums_of_two_processes_are_those_of_their_parts_and_bad_images_are_left_out():
+    with scratch() as root:
+        write_folder(root / "train", count=2)
+        write_folder(root / "val", count=10)
+        flags = [*CKA, *RANDOM, "--data", root, "--batch-size", 5, "--seed", 3]
+        (root / "val" / "b" / "3.png").write_text("not an image")
+        parts, real = [], train.of_all_processes
+
+        def gather(thing):  # one process after the other; the last one sees all
+            if isinstance(thing, tuple):
+                parts.append(thing)
+                return parts
+            return real(thing)
+
+        for rank in range(2):
+            place = dict(rank=lambda n=rank: n, world_size=lambda: 2, is_main=lambda n=rank: n == 1)
+            with mock.patch.multiple(train, of_all_processes=gather, **place):
+                with mock.patch.object(finetune, "is_main", place["is_main"]):
+                    assert tune(*flags, "--out", root / "two")[0] == 0
+        found = json.loads((root / "two" / "cka.json").read_text())
+        assert found["images"] == 19 and [count for _, count in parts] in ([10, 9], [9, 10])
+        total = parts[0][0]["random weights"] + parts[1][0]["random weights"]
+        close(found["cka"]["random weights"], losses.cka(total), 0)
+        status, errors = tune(*flags, "--out", root / "one")
+        assert status == 0 and errors.count("left out: ") == 1 and "b/3.png" in errors, errors
+        one = json.loads((root / "one" / "cka.json").read_text())
+        assert one["images"] == 19 and one["unreadable"] == 1 and one["seed"] == 3
+
+
+def test_cka_refuses_what_it_cannot_compare_in_one_line():
+    with scratch() as root:
+        small, large = root / "small.pt", root / "large.pt"
+        save_autoencoder(small)
+        save_autoencoder(large, "--image-size", "64")
+        given = [*CKA, "--val-images", 8, "--out", root / "out", "--checkpoint"]
+        tune_refused(*given, small, large, names=["large.pt", "(64, 8)", "(32, 8)", "apart"])
+        tune_refused(*given, small, "--batch-size", 3, names=["--batch-size 3", "4"])
+        tune_refused(*given, small, "--val-images", 3, names=["0 images", "too few"])
+        tune_refused(*given, small, "--patch-size", 4, names=["--patch-size 4", "has 8"])
+        few = ["--model", "nano", "--image-size", 32, "--patch-size", 16]
+        tune_refused(*given, "none", *few, names=["none of 4 patches"])
+        tune_refused(*given, root / "no.pt", "none", names=["no.pt does not exist"])
+        tune_refused(*given, small, "--eval", names=["--eval", "--task cka"])
+        tune_refused("--task", "knn", "--checkpoint", small, large, names=["reconstruct and cka"])
+        assert not (root / "out").exists()
+    parsed = [
+        finetune.parse_args(["--task", task, "--checkpoint", "none"]) for task in ("cka", "knn")
+    ]
+    assert [args.batch_size for args in parsed] == [256, 32]
 
 
 def test_an_evaluation_takes_the_images_that_training_held_out():
