@@ -857,11 +857,11 @@ RATIOS = [n / 10 for n in range(1, 10)]  # hidden parts of the patches
 def open_encoders(args, device):
     """--checkpoint's encoders -> ({name of the row: encoder}, args with what they settle).
 
-    Files come first, then `none`, random weights of the first file's sizes. All must take images
-    and patches of one size, so that they see the same patches.
+    `none`: random weights of the first file's sizes. All must take images and patches of one size,
+    so that they see the same patches.
     """
     encoders, first = {}, None
-    for path in sorted(args.checkpoints, key="none".__eq__):
+    for path in args.checkpoints:  # `none` comes last
         asked = args if path != "none" else first or args
         weights, own = open_checkpoint(argparse.Namespace(**vars(asked) | {"checkpoint": path}))
         first = first or own
@@ -912,6 +912,10 @@ def measure_cka(args, device):
     _, source = train.open_data(args, args.image_size)
     common = dict(image_size=args.image_size, num_patches=patches, seed=args.seed)
     val_set = data.PretrainSet(source, augment=False, limit=args.val_images, **common)
+    if len(val_set) < 4 * train.world_size():
+        fail(
+            f"{len(val_set)} images are too few for CKA, which needs 4, better hundreds, a process"
+        )
     dtype, found, unread = train.choose_precision(args.amp, device), {}, []
     sums = {k: torch.zeros(len(RATIOS), len(e.blocks), 3).double() for k, e in encoders.items()}
     mine = torch.arange(train.rank(), len(val_set), train.world_size()).split(args.batch_size)
@@ -932,10 +936,10 @@ def measure_cka(args, device):
     parts, counts = zip(*train.of_all_processes((sums, count)), strict=True)
     values = {name: losses.cka(sum(part[name] for part in parts)) for name in encoders}
     if not all(value.isfinite().all() for value in values.values()):
-        fail(f"{sum(counts)} images in batches of {args.batch_size} are too few for an estimate")
+        fail(f"{sum(counts)} images in batches of {args.batch_size} are too few for CKA")
     about = {"data": args.data, "images": sum(counts), "unreadable": len(unread), "ratios": RATIOS}
-    about |= {k: getattr(args, k) for k in ("checkpoints", "image_size", "patch_size")}
-    about |= {k: getattr(args, k) for k in ("batch_size", "seed")}
+    about |= {k: getattr(args, k) for k in ("image_size", "patch_size", "batch_size", "seed")}
+    about["checkpoints"] = dict(zip(encoders, args.checkpoints, strict=True))
     if is_main():
         write_cka(Path(args.out), values, about)
 
@@ -1287,7 +1291,8 @@ def parse_args(argv=None):
         args.checkpoints = ["none"]
     if args.checkpoints is None:
         fail("--checkpoint is missing: give a file, or none for random weights; or try --demo")
-    args.checkpoint = next((path for path in args.checkpoints if path != "none"), "none")
+    args.checkpoints.sort(key="none".__eq__)  # the files first, in their order
+    args.checkpoint = args.checkpoints[0]
     if len(args.checkpoints) > 1 and (args.task not in SEVERAL or args.export):
         fail(f"only --task {' and '.join(SEVERAL)} take several checkpoints; give one")
     if "none" in args.checkpoints and (args.eval or args.export or args.task == "reconstruct"):

@@ -2584,7 +2584,7 @@ def test_cka_refuses_what_it_cannot_compare_in_one_line():
         given = [*CKA, "--val-images", 8, "--out", root / "out", "--checkpoint"]
         tune_refused(*given, small, large, names=["large.pt", "(64, 8)", "(32, 8)", "apart"])
         tune_refused(*given, small, "--batch-size", 3, names=["--batch-size 3", "4"])
-        tune_refused(*given, small, "--val-images", 3, names=["0 images", "too few"])
+        tune_refused(*given, small, "--val-images", 3, names=["3 images", "too few"])
         tune_refused(*given, small, "--patch-size", 4, names=["--patch-size 4", "has 8"])
         few = ["--model", "nano", "--image-size", 32, "--patch-size", 16]
         tune_refused(*given, "none", *few, names=["none of 4 patches"])
