@@ -1065,22 +1065,24 @@ class ShapeScenes(Dataset):
         return self.shapes[i][0], self.target(i)
 
 
-def open_scenes(data, task, *, image_size):
-    """(training source, validation source) for `--data` and a task, "detect" or "segment".
+def open_scenes(data, task, *, image_size, parts=("train", "val")):
+    """Sources for `--data` and a task, "detect" or "segment": one for each of `parts`.
 
     data: "shapes", "shapes-large" (drawn, image_size pixels wide), or a folder: COCO's layout for
-    detection, ADE20K's for segmentation. ValueError says what is wrong with it and what to do.
+    detection, ADE20K's for segmentation. parts: of "train" and "val". ValueError says what is wrong
+    and what to do.
     """
     if data in DRAWN:
-        return tuple(ShapeScenes(DRAWN[data](part, image_size), task) for part in ("train", "val"))
+        return [ShapeScenes(DRAWN[data](part, image_size), task) for part in parts]
     if not Path(data).is_dir():
         what = "is not a folder" if Path(data).exists() else "does not exist"
         raise ValueError(f"--data {data} {what}; give a folder, or --data shapes (drawn here)")
     if task == "detect":
-        sources = CocoScenes(data, "train"), CocoScenes(data, "val")
+        sources = [CocoScenes(data, part) for part in parts]
     else:
-        sources = AdeScenes(data, "training"), AdeScenes(data, "validation")
-    check_classes(sources[0].classes, sources[1].classes, ("train", "val"))
+        names = {"train": "training", "val": "validation"}
+        sources = [AdeScenes(data, names[part]) for part in parts]
+    check_classes(sources[0].classes, sources[-1].classes, ("train", "val"))
     for source in sources:  # what is wrong everywhere is told now; a torn file, by the loader
         with suppress(OSError, SyntaxError, IndexError):
             source[0]
