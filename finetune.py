@@ -637,8 +637,9 @@ def open_autoencoders(args, device):
                 fail(f"{path} has {flag} {here}, {args.checkpoint} {there}: evaluate them apart")
             if getattr(args, what, None) not in (None, here):
                 fail(f"{path} has {flag} {here}, not {getattr(args, what)}; leave {flag} off")
-        scales = train.image_scales(own)
-        mae = model.build_mae(own.model, own.image_size, own.patch_size, own.arch, scales)
+        if not losses.LOSSES[own.loss]["pixel"]:
+            fail(f"{path} is of --loss {own.loss}, which paints nothing: see --task knn, linear")
+        mae = train.build_autoencoder(own)
         with train.refusals():
             model.load_whole(mae, checkpoint["mae"], path)
         name = own.loss
