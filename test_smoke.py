@@ -2748,7 +2748,7 @@ def test_block_masks_hide_as_many_patches_as_they_should_in_rectangles():
         beside = (grid[:, :, 1:] * grid[:, :, :-1]).sum() / grid[:, :, :-1].sum()
         assert side < 14 or beside > 0.85, beside
         coverage = grid.mean(dim=0)  # anywhere, but corners, which few rectangles reach, less often
-        assert coverage.min() > 0.2 and coverage[0, 0] < coverage[side // 2, side // 2]
+        assert coverage.min() > 0.05 and coverage[0, 0] < coverage[side // 2, side // 2]
         close(coverage, coverage.T, 0.2)  # upright rectangles as often as flat ones
     common = dict(image_size=32, num_patches=196, seed=0, masks="block")
     dataset = data.PretrainSet(data.Shapes("train", 32), **common)
