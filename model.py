@@ -1105,7 +1105,8 @@ class CrossDecoder(nn.Module):
         x = with_mask_tokens(self.embed(x), self.mask_token, ids_restore) + self.pos_embed
         for block in self.blocks:
             x = block(x, context)
-        return self.pred(self.norm(x[:, 1:]))
+        with torch.autocast(x.device.type, enabled=False):  # as in `MAE.decode`
+            return self.pred(self.norm(x[:, 1:].float()))
 
 
 class BootMAE(ViT):
@@ -1126,9 +1127,8 @@ class BootMAE(ViT):
         """-> (image (B, 3, H, W), features (B, N, C), the teacher's (B, N, C), mask (B, N))."""
         ids_keep, ids_restore, mask = random_masking(mask_noise, mask_ratio)
         tokens, [low, high] = self.encode(images, ids_keep, [1, len(self.blocks)])
-        patches = self.regressor(tokens, ids_restore, low).float()
-        features = self.predictor(tokens, ids_restore, high)
-        image = imagenet_denormalize(unpatchify(patches, self.patch_size))
+        image = unpatchify(self.regressor(tokens, ids_restore, low), self.patch_size)
+        image, features = imagenet_denormalize(image), self.predictor(tokens, ids_restore, high)
         return image, features, feature_target(self.teacher, images), mask
 
     def reconstruct(self, images, mask_ratio, mask_noise):
@@ -1252,8 +1252,7 @@ def open_teacher(path, image_size, patch_size):
             f"{path} has patches of {sizes['patch_size']} px, this run {patch_size}: features of "
             "one cannot be told for the other; give --patch-size the former"
         )
-    shape = {name: MAE_SIZES[sizes["model"]][name] for name in ("width", "depth", "heads")}
-    teacher = ViT(image_size=image_size, patch_size=patch_size, **shape)
+    teacher = build_encoder(sizes["model"], image_size, patch_size)
     load_whole(teacher, encoder_weights(weights, teacher.side, path), path)
     return teacher
 
@@ -1336,7 +1335,7 @@ class Classifier(nn.Module):
         return [embedding, *(list(b.parameters()) for b in self.encoder.blocks), top]
 
 
-def build_encoder(size, image_size, patch_size, drop):
+def build_encoder(size, image_size, patch_size, drop=0.0):
     """The encoder of a size in MAE_SIZES; ValueError if the patch size does not fit the image."""
     sizes = {k: MAE_SIZES[size][k] for k in ("width", "depth", "heads")}
     return ViT(image_size=image_size, patch_size=patch_size, drop=drop, **sizes)

@@ -5,10 +5,11 @@
     torchrun --nproc_per_node=8 train.py --loss msg_gan_p       # one node, data/imagenet
 
 The method comes first: what one step computes (paper: eq. 1 to 7, with the schedule of sec. 4), the
-update of both players, and the loop over epochs. It ends at the banner "What keeps a run alive";
-below stand processes and precision, construction, data, checkpoints, validation, benchmark and
-command line. The losses are in losses.py, the networks in model.py, the images in data.py;
-finetune.py does everything that is done with a checkpoint.
+update of both players, and the loop over epochs; then the steps of siblings, MAE with one thing
+changed, from two other papers. It ends at the banner "What keeps a run alive"; below stand
+processes and precision, construction, data, checkpoints, validation, benchmark and command line.
+The losses are in losses.py, the networks in model.py, the images in data.py; finetune.py does
+everything that is done with a checkpoint.
 
 Writes to OUT: checkpoint.pt, log.jsonl (one JSON object per epoch) and pictures/. Run the same
 command again after any interruption and it continues where the checkpoint was saved (--demo starts
@@ -226,102 +227,6 @@ def regularise_r1(run, images, seeds, share, args):
     return penalty.detach()
 
 
-# ---- Siblings: rows whose network is another, and whose terms are their own ----------------------
-
-
-def feature_mae_terms(run, images, mask_noise, epoch, args):
-    """Features of a trained MAE, --teacher, are predicted where patches are hidden."""
-    with run.autocast():
-        features, target, mask = run.mae(images, args.mask_ratio, mask_noise)
-    return {"features": losses.masked_feature_mse(features, target, mask)}
-
-
-def boot_mae_terms(run, images, mask_noise, epoch, args):
-    """Pixels, and the features of the encoder's own moving average; dense holes count more.
-
-    The second term's weight grows to 1 over the first quarter of the epochs, as in BootMAE's code.
-    DIFFERS: the paper normalises target patches; here as in `mse`, off but for --norm-pix-loss.
-    """
-    with run.autocast():
-        image, features, target, mask = run.mae(images, args.mask_ratio, mask_noise)
-    density = losses.mask_density(mask)
-    pixel = losses.masked_mse(
-        image, images, mask, args.patch_size, args.norm_pix_loss, weight=density
-    )
-    features = losses.masked_feature_mse(features, target, mask, weight=density)
-    return {"pixel": pixel, "features": min(1, 4 * epoch / args.epochs) * features}
-
-
-def r_mae_terms(run, images, mask_noise, epoch, args):
-    """Both views paint the same, and the second, which sees the place, paints the image.
-
-    No gradient is stopped. DIFFERS: as in `boot_mae`, patches are not normalised by default.
-    """
-    with run.autocast():
-        first, second, counted = run.mae(images, args.mask_ratio, mask_noise)
-    patch, norm = args.patch_size, args.norm_pix_loss
-    return {
-        "agreement": losses.masked_mse(first, second, counted, patch),
-        "pixel": losses.masked_mse(second, images, counted, patch, norm),
-    }
-
-
-def c_mae_terms(run, views, mask_noise, epoch, args):
-    """Each view's features find the other's among those of all images, of all processes too."""
-    with run.autocast():
-        pairs = run.mae(views, args.mask_ratio, mask_noise)
-    found = [losses.info_nce(q, *targets_of_all(t), args.temperature) for q, t in pairs]
-    return {"contrast": sum(found) / len(found)}
-
-
-def byol_mae_terms(run, views, mask_noise, epoch, args):
-    """`c_mae` with BYOL's loss: features agree, and nothing pushes images apart."""
-    with run.autocast():
-        pairs = run.mae(views, args.mask_ratio, mask_noise)
-    return {"agreement": sum(losses.byol_loss(q, t) for q, t in pairs) / len(pairs)}
-
-
-SIBLING_TERMS = {
-    "feature_mae": feature_mae_terms,
-    "boot_mae": boot_mae_terms,
-    "r_mae": r_mae_terms,
-    "c_mae": c_mae_terms,
-    "byol_mae": byol_mae_terms,
-}
-
-
-def backward_sibling(run, images, mask_noise, epoch, share, args):
-    """`backward` of a sibling's batch: the gradient of the sum of its terms -> {name: scalar}.
-
-    images: (B, 3, H, W), or (B, 2, 3, H, W) for rows of two views, in [0, 1].
-    """
-    terms = SIBLING_TERMS[LOSSES[args.loss]["own"]](run, images, mask_noise, epoch, args)
-    run.scaler_g.scale(sum(terms.values()) * share).backward()
-    return {name: value.detach() for name, value in terms.items()}
-
-
-def targets_of_all(targets):
-    """Targets (B, n, C) of every process (W B, n, C), and which of them is this one's first.
-
-    In validation only this process's: its parts differ in length.
-    """
-    if not dist.is_initialized() or not torch.is_grad_enabled():
-        return targets, 0
-    parts = [torch.empty_like(targets) for _ in range(world_size())]
-    dist.all_gather(parts, targets.contiguous())
-    return torch.cat(parts), rank() * len(targets)
-
-
-def teacher_momentum(epoch, args):
-    """How much of itself a teacher keeps in each step of an epoch.
-
-    BootMAE's grows linearly over the first 100 epochs, C-MAE's is constant. DIFFERS: for ViT-B,
-    BootMAE's code goes on to .99999 at epoch 400.
-    """
-    first, last = LOSSES[args.loss]["momentum"]
-    return first + (last - first) * min(1, (epoch - 1) / 100)
-
-
 # ---- One step: gradients, then the update --------------------------------------------------------
 
 
@@ -446,6 +351,102 @@ def pretrain(args, device):
                 save_checkpoint(Path(args.out) / "checkpoint.pt", run, progress, args)
     say(ending(stopping, progress, args))
     return stop["signal"]
+
+
+# ---- Siblings: rows whose network is another, and whose terms are their own ----------------------
+
+
+def feature_mae_terms(run, images, mask_noise, epoch, args):
+    """Features of a trained MAE, --teacher, are predicted where patches are hidden."""
+    with run.autocast():
+        features, target, mask = run.mae(images, args.mask_ratio, mask_noise)
+    return {"features": losses.masked_feature_mse(features, target, mask)}
+
+
+def boot_mae_terms(run, images, mask_noise, epoch, args):
+    """Pixels, and the features of the encoder's own moving average; dense holes count more.
+
+    The second term's weight grows to 1 over the first quarter of the epochs, as in BootMAE's code.
+    DIFFERS: the paper normalises target patches; here as in `mse`, off but for --norm-pix-loss.
+    """
+    with run.autocast():
+        image, features, target, mask = run.mae(images, args.mask_ratio, mask_noise)
+    density = losses.mask_density(mask)
+    pixel = losses.masked_mse(
+        image, images, mask, args.patch_size, args.norm_pix_loss, weight=density
+    )
+    features = losses.masked_feature_mse(features, target, mask, weight=density)
+    return {"pixel": pixel, "features": min(1, 4 * epoch / args.epochs) * features}
+
+
+def r_mae_terms(run, images, mask_noise, epoch, args):
+    """Both views paint the same, and the second, which sees the place, paints the image.
+
+    No gradient is stopped. DIFFERS: as in `boot_mae`, patches are not normalised by default.
+    """
+    with run.autocast():
+        first, second, counted = run.mae(images, args.mask_ratio, mask_noise)
+    patch, norm = args.patch_size, args.norm_pix_loss
+    return {
+        "agreement": losses.masked_mse(first, second, counted, patch),
+        "pixel": losses.masked_mse(second, images, counted, patch, norm),
+    }
+
+
+def c_mae_terms(run, views, mask_noise, epoch, args):
+    """Each view's features find the other's among those of all images, of all processes too."""
+    with run.autocast():
+        pairs = run.mae(views, args.mask_ratio, mask_noise)
+    found = [losses.info_nce(q, *targets_of_all(t), args.temperature) for q, t in pairs]
+    return {"contrast": sum(found) / len(found)}
+
+
+def byol_mae_terms(run, views, mask_noise, epoch, args):
+    """`c_mae` with BYOL's loss: features agree, and nothing pushes images apart."""
+    with run.autocast():
+        pairs = run.mae(views, args.mask_ratio, mask_noise)
+    return {"agreement": sum(losses.byol_loss(q, t) for q, t in pairs) / len(pairs)}
+
+
+SIBLING_TERMS = {
+    "feature_mae": feature_mae_terms,
+    "boot_mae": boot_mae_terms,
+    "r_mae": r_mae_terms,
+    "c_mae": c_mae_terms,
+    "byol_mae": byol_mae_terms,
+}
+
+
+def backward_sibling(run, images, mask_noise, epoch, share, args):
+    """`backward` of a sibling's batch: the gradient of the sum of its terms -> {name: scalar}.
+
+    images: (B, 3, H, W), or (B, 2, 3, H, W) for rows of two views, in [0, 1].
+    """
+    terms = SIBLING_TERMS[LOSSES[args.loss]["own"]](run, images, mask_noise, epoch, args)
+    run.scaler_g.scale(sum(terms.values()) * share).backward()
+    return {name: value.detach() for name, value in terms.items()}
+
+
+def targets_of_all(targets):
+    """Targets (B, n, C) of every process (W B, n, C), and which of them is this one's first.
+
+    In validation only this process's: its parts differ in length.
+    """
+    if not dist.is_initialized() or not torch.is_grad_enabled():
+        return targets, 0
+    parts = [torch.empty_like(targets) for _ in range(world_size())]
+    dist.all_gather(parts, targets.contiguous())
+    return torch.cat(parts), rank() * len(targets)
+
+
+def teacher_momentum(epoch, args):
+    """How much of itself a teacher keeps in each step of an epoch.
+
+    BootMAE's grows linearly over the first 100 epochs, C-MAE's is constant. DIFFERS: for ViT-B,
+    BootMAE's code goes on to .99999 at epoch 400.
+    """
+    first, last = LOSSES[args.loss]["momentum"]
+    return first + (last - first) * min(1, (epoch - 1) / 100)
 
 
 # ==================================================================================================
@@ -753,8 +754,7 @@ def build_autoencoder(args):
 def open_teacher(args):
     """The encoder in --teacher; of a benchmark, a random one, which takes as long."""
     if args.benchmark and args.teacher is None:
-        sizes = (args.model, args.image_size, args.patch_size)
-        return model.build_mae(*sizes)
+        return model.build_encoder(args.model, args.image_size, args.patch_size)
     return model.open_teacher(args.teacher, args.image_size, args.patch_size)
 
 
@@ -1411,13 +1411,13 @@ def build_parser():
     add_flags(
         parser,
         "what to train",
-        ("--loss", (*LOSSES, "all"), "mse", "row of the paper's tables; all: with --benchmark"),
+        ("--loss", (*LOSSES, "all"), "mse", "row of the tables in README; all: with --benchmark"),
         ("--model", model.MAE_SIZES, "base", "paper: base, large"),
         ("--arch", ("auto", "mae", "msg_mae"), "auto", "auto: what the paper pairs with the loss"),
         ("--image-size", at_least(16), 224, "side in pixels"),
         ("--patch-size", at_least(2), 16, "pixels, a power of two"),
         ("--mask-ratio", POSITIVE, 0.75, "hidden part of the patches"),
-        ("--norm-pix-loss", bool, False, "normalise each target patch; mse only"),
+        ("--norm-pix-loss", bool, False, "normalise each target patch; mse, boot_mae, r_mae"),
         ("--init", str, None, "file to start from: ours, a published MAE, timm's, Hugging Face's"),
     )
     add_flags(
@@ -1529,7 +1529,7 @@ def parse_args(argv=None):
     if args.benchmark and args.ada_p is None:
         args.ada_p = 0.5  # see `benchmark`
     if args.norm_pix_loss and recipe["pixel"] != "mse":
-        fail(f"--norm-pix-loss is for --loss mse: {args.loss} compares whole images")
+        fail(f"--norm-pix-loss is for rows of masked MSE, such as mse: {args.loss} has none")
     if recipe["own"] and args.arch != recipe["arch"]:
         fail(f"--arch {args.arch} is not for --loss {args.loss}, whose network is its own")
     if args.loss == "feature_mae" and not (args.teacher or args.benchmark):
