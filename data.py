@@ -45,6 +45,10 @@ CURVES = {  # charts of curves.png: {title: {entry of the log: label}}, one unit
     "pixel term": {"pixel": ""},
     "adversarial term (eq. 5)": {"adversarial": ""},
     "feature term (eq. 3)": {"feature": ""},
+    "teacher's features": {"features": ""},
+    "views agree": {"agreement": ""},
+    "contrast": {"contrast": ""},
+    "loss of held-out images": {"val_loss": ""},
     "style term (eq. 3)": {"style": ""},
     "discriminator (eq. 4)": {"discriminator": ""},
     "D is right": {"d_accuracy_real": "real", "d_accuracy_fake": "fake"},
@@ -559,9 +563,9 @@ def open_sources(data, *, image_size, seed):
 class PretrainSet(Dataset):
     """Samples for pre-training: `set[(epoch, index)]` is (image, mask_noise, seed, bad).
 
-    image: uint8 (3, S, S). mask_noise: (N,), which fixes the mask. seed: int, for whatever else
-    this sample draws. bad: [(index, reason)] of files that could not be read on the way to a
-    readable one; the next image stands in for them.
+    image: uint8 (3, S, S), or (views, 3, S, S). mask_noise: (N,), which fixes the mask. seed: int,
+    for whatever else this sample draws. bad: [(index, reason)] of files that could not be read on
+    the way to a readable one; the next image stands in for them.
 
     With `epoch_images` an epoch is that long, and goes round few images many times, each time with
     draws of its own: pre-training on 1 to 1000 images (Kong and Zhang 2023, Table 6, who do not say
@@ -585,12 +589,18 @@ class PretrainSet(Dataset):
         jitter=0.4,  # strength of colour jitter; 0 = none
         limit=None,  # use only so many images, a seeded choice
         epoch_images=None,  # samples of an epoch; None = as many as there are images
+        masks="random",  # or "block": the noise hides rectangles first
+        views=1,  # 2: image is (2, 3, S, S), two colourings of one crop
     ):
+        self.masks, self.views = masks, views
         self.source, self.image_size, self.num_patches = source, image_size, num_patches
         self.epoch_images = epoch_images
         self.seed, self.augment, self.crop_min = seed, augment, crop_min
         self.flip = v2.RandomHorizontalFlip(0.5 if flip else 0.0)
         self.distort = v2.ColorJitter(jitter, jitter, jitter)
+        if views > 1:  # PAPER SILENT: C-MAE's colours; SimSiam's (Chen and He 2021)
+            strong = v2.ColorJitter(jitter, jitter, jitter, jitter / 4)
+            self.distort = v2.Compose([v2.RandomApply([strong], 0.8), v2.RandomGrayscale(0.2)])
         self.centre = 1.0  # part of the shorter side that is kept where there is no augmentation
         count = min(limit or len(source), len(source))
         chosen = torch.randperm(len(source), generator=sample_generator(seed))[:count]
@@ -623,7 +633,9 @@ class PretrainSet(Dataset):
             except Exception as error:  # decoders raise anything; the run reports and counts it
                 bad.append((index, f"{type(error).__name__}: {error}"))
             if len(bad) > self.bad_limit():  # the run is about to end
-                blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
+                size = (self.image_size, self.image_size)
+                shape = (3, *size) if self.views == 1 else (self.views, 3, *size)
+                blank = torch.zeros(shape, dtype=torch.uint8)
                 return blank, self.companion(index), seed, bad
             index = (index + 1) % len(self.indices)
 
@@ -634,7 +646,8 @@ class PretrainSet(Dataset):
 
     def companion(self, index):
         """What goes with an image: here the noise of its mask, (N,)."""
-        return torch.rand(self.num_patches)
+        noise = torch.rand(self.num_patches)
+        return noise + block_mask(math.isqrt(self.num_patches)) if self.masks == "block" else noise
 
     def transform(self, image):
         """PIL image -> uint8 (3, S, S)."""
@@ -645,13 +658,40 @@ class PretrainSet(Dataset):
                 shape, scale=[self.crop_min, 1.0], ratio=[3 / 4, 4 / 3]
             )
             box = (left, top, left + w, top + h)
-            image = self.distort(self.flip(resized_crop(image, box, self.image_size)))
+            image = self.flip(resized_crop(image, box, self.image_size))
         else:
             shorter = min(width, height)
             side = min(shorter, max(self.image_size, self.centre * shorter))
             left, top = (width - side) / 2, (height - side) / 2
             image = resized_crop(image, (left, top, left + side, top + side), self.image_size)
-        return v2.functional.pil_to_tensor(image)
+        colour = self.distort if self.augment else lambda image: image
+        views = [v2.functional.pil_to_tensor(colour(image)) for _ in range(self.views)]
+        return views[0] if self.views == 1 else torch.stack(views)
+
+
+def block_mask(side, hidden=120 / 196):
+    """BootMAE's mask: rectangles of patches until exactly a part of them is hidden -> (side^2,).
+
+    Areas are drawn from 16/196 to 60/196 of the image, less where less is left to hide, and aspect
+    ratios from .3 to 1/.3. MAE's random choice hides the rest of the 75 % (`random_masking`, to
+    which 1 = hidden is added as noise). Draws from torch's global generator.
+    DIFFERS: the authors' code then also shows up to three patches of the blocks.
+    """
+    total, low, high = (round(part * side**2) for part in (hidden, 16 / 196, 60 / 196))
+    mask = torch.zeros(side, side)
+    while (left := total - int(mask.sum())) > 0:
+        most = min(left, high)
+        area, log_aspect, *place = torch.rand(4).tolist()
+        area = low + (most - low) * area  # backwards where most < low: small blocks end the search
+        aspect = 0.3 ** (1 - 2 * log_aspect)
+        h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if not (0 < h < side and 0 < w < side):
+            continue
+        top, start = (int(p * (side - x + 1)) for p, x in zip(place, (h, w), strict=True))
+        block = mask[top : top + h, start : start + w]
+        if 0 < h * w - int(block.sum()) <= most:
+            block[:] = 1
+    return mask.flatten()
 
 
 class LabelledSet(PretrainSet):
@@ -1076,22 +1116,24 @@ class ShapeScenes(Dataset):
         return self.shapes[i][0], self.target(i)
 
 
-def open_scenes(data, task, *, image_size):
-    """(training source, validation source) for `--data` and a task, "detect" or "segment".
+def open_scenes(data, task, *, image_size, parts=("train", "val")):
+    """Sources for `--data` and a task, "detect" or "segment": one for each of `parts`.
 
     data: "shapes", "shapes-large" (drawn, image_size pixels wide), or a folder: COCO's layout for
-    detection, ADE20K's for segmentation. ValueError says what is wrong with it and what to do.
+    detection, ADE20K's for segmentation. parts: of "train" and "val". ValueError says what is wrong
+    and what to do.
     """
     if data in DRAWN:
-        return tuple(ShapeScenes(DRAWN[data](part, image_size), task) for part in ("train", "val"))
+        return [ShapeScenes(DRAWN[data](part, image_size), task) for part in parts]
     if not Path(data).is_dir():
         what = "is not a folder" if Path(data).exists() else "does not exist"
         raise ValueError(f"--data {data} {what}; give a folder, or --data shapes (drawn here)")
     if task == "detect":
-        sources = CocoScenes(data, "train"), CocoScenes(data, "val")
+        sources = [CocoScenes(data, part) for part in parts]
     else:
-        sources = AdeScenes(data, "training"), AdeScenes(data, "validation")
-    check_classes(sources[0].classes, sources[1].classes, ("train", "val"))
+        names = {"train": "training", "val": "validation"}
+        sources = [AdeScenes(data, names[part]) for part in parts]
+    check_classes(sources[0].classes, sources[-1].classes, ("train", "val"))
     for source in sources:  # what is wrong everywhere is told now; a torn file, by the loader
         with suppress(OSError, SyntaxError, IndexError):
             source[0]

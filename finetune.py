@@ -96,11 +96,11 @@ def step_gradients(run, batches, progress, args):
     The gradient is that of "loss", the sum of the terms of `run.terms`, one of the above.
     """
     totals, share = {}, 1 / len(batches)
-    rank = train.rank()
     for number, (images, targets, *_) in enumerate(batches, start=1):
         # What is drawn (mixing, stochastic depth, a detector's samples) depends on where the run
-        # is, not on what was drawn before.
-        torch.manual_seed(data.sample_seed(args.seed, progress["step"], number - 1, rank))
+        # is, not on what was drawn before; W processes draw as one with W times the --accum.
+        place = (number - 1) * train.world_size() + train.rank()
+        torch.manual_seed(data.sample_seed(args.seed, progress["step"], place))
         images = data.to_float(images.to(run.device, non_blocking=True))  # (B, 3, H, W)
         # Processes exchange gradients during the last backward pass of a step alone.
         with train.exchange(number == len(batches), run.network):
@@ -639,8 +639,9 @@ def open_autoencoders(args, device):
                 fail(f"{path} has {flag} {here}, {args.checkpoint} {there}: evaluate them apart")
             if getattr(args, what, None) not in (None, here):
                 fail(f"{path} has {flag} {here}, not {getattr(args, what)}; leave {flag} off")
-        scales = train.image_scales(own)
-        mae = model.build_mae(own.model, own.image_size, own.patch_size, own.arch, scales)
+        if not losses.LOSSES[own.loss]["pixel"]:
+            fail(f"{path} is of --loss {own.loss}, which paints nothing: see --task knn, linear")
+        mae = train.build_autoencoder(own)
         with train.refusals():
             model.load_whole(mae, checkpoint["mae"], path)
         name = own.loss
@@ -1084,22 +1085,27 @@ def build_data(args):
 
 
 def build_scenes(args):
-    """`build_data` of detection and segmentation."""
+    """`build_data` of detection and segmentation; with --eval there is no training set: None."""
+    parts = ("val",) if args.eval else ("train", "val")
     with train.refusals():
-        sources = data.open_scenes(args.data, args.task, image_size=args.image_size)
+        *train_source, source = data.open_scenes(
+            args.data, args.task, image_size=args.image_size, parts=parts
+        )
         if args.eval:
-            names = (args.checkpoint, args.data)
-            data.check_classes(args.classes, sources[1].classes, names)
-    windows, sets = args.slide and args.task == "segment", []
-    common = dict(image_size=args.image_size, seed=args.seed, task=args.task)
-    for source, limit in zip(sources, (args.limit_images, args.val_images), strict=True):
-        kept = data.choose_images(source, seed=args.seed, limit=limit or len(source)).tolist()
-        extra = dict(slide=windows) if sets else dict(scales=args.scales)
-        sets.append(data.DenseSet(source, kept, augment=not sets, **extra, **common))
+            data.check_classes(args.classes, source.classes, (args.checkpoint, args.data))
+    train_set, common = None, dict(image_size=args.image_size, seed=args.seed, task=args.task)
+
+    def chosen(source, limit):
+        return data.choose_images(source, seed=args.seed, limit=limit or len(source)).tolist()
+
     if not args.eval:
-        train.check_one_step(sets[0], args)
-    args = argparse.Namespace(**vars(args) | {"classes": list(sources[1].classes)})
-    return *sets, args
+        (first,) = train_source
+        kept = chosen(first, args.limit_images)
+        train_set = data.DenseSet(first, kept, scales=args.scales, **common)
+        train.check_one_step(train_set, args)
+    windows, kept = args.slide and args.task == "segment", chosen(source, args.val_images)
+    val_set = data.DenseSet(source, kept, augment=False, slide=windows, **common)
+    return train_set, val_set, argparse.Namespace(**vars(args) | {"classes": list(source.classes)})
 
 
 # ---- Benchmark -----------------------------------------------------------------------------------

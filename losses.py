@@ -29,8 +29,16 @@ from torch.nn import functional as F
 #   ada        adaptive augmentation of all that D sees (sec. 3.2)
 #   path       path-length regularisation of G (sec. 3.2)
 #   arch       the autoencoder that the paper pairs with the loss
+# The last five rows are siblings, MAE with one thing changed, from two other papers (model.py,
+# "Siblings"; train.py, "Siblings"):
+#   own        whose terms: a function of train.py's table SIBLING_TERMS; None = eq. 1 to 7
+#   masks      "random" patches, or "block" (see data.py, `block_mask`)
+#   views      how many colourings of each image
+#   momentum   of the teacher, a moving average of the network: (first, last) over `momentum_epochs`
 ROW = dict(pixel="l1", phi=None, adversary=None, weight=1.0, ada=False, path=False, arch="mae")
+ROW |= dict(own=None, masks="random", views=1, momentum=None)
 MSG = ROW | dict(adversary="msg", weight=0.1, arch="msg_mae")
+CONTRAST = ROW | dict(pixel=None, arch="c_mae", views=2, momentum=(0.996, 0.996))
 LOSSES = {
     "mse": ROW | dict(pixel="mse"),
     "ms_ssim": ROW | dict(pixel="ms_ssim_l1"),
@@ -41,6 +49,12 @@ LOSSES = {
     "stylegan2_ada_p": MSG | dict(adversary="stylegan2", phi="disc", ada=True, path=True),
     "dvae_p": ROW | dict(phi="dvae"),
     "vgg_p": ROW | dict(phi="vgg"),
+    "feature_mae": ROW | dict(own="feature_mae", pixel=None, arch="feature_mae", masks="block"),
+    "boot_mae": ROW
+    | dict(own="boot_mae", pixel="mse", arch="boot_mae", masks="block", momentum=(0.999, 0.9999)),
+    "r_mae": ROW | dict(own="r_mae", pixel="mse", arch="r_mae"),
+    "c_mae": CONTRAST | dict(own="c_mae"),
+    "byol_mae": CONTRAST | dict(own="byol_mae"),
 }
 
 # Pixel statistics of ImageNet, as in model.py: each file can be copied alone.
@@ -90,13 +104,14 @@ def patch_statistics(patches):
     return mean, (patches.var(dim=2, keepdim=True) + 1e-6).sqrt()
 
 
-def masked_mse(reconstruction, images, mask, patch_size, norm_pix=False):
+def masked_mse(reconstruction, images, mask, patch_size, norm_pix=False, weight=1.0):
     """MAE's loss: mean squared error over the hidden patches (He et al. 2022).
 
     PAPER SILENT: whether `mse` has norm_pix, MAE's better variant; off unless --norm-pix-loss.
     reconstruction, images: (B, 3, H, W) in [0, 1]; both are ImageNet-normalised here, so that
     values compare with published ones. norm_pix: each target patch is normalised by its own mean
-    and deviation, and the reconstruction is what should match that.
+    and deviation, and the reconstruction is what should match that. weight: of each patch, (B, N),
+    without making the mean one of more or fewer patches (`mask_density`).
     """
     mean, std = per_channel(IMAGENET_MEAN, images), per_channel(IMAGENET_STD, images)
     prediction = patchify((reconstruction.float() - mean) / std, patch_size)
@@ -105,7 +120,7 @@ def masked_mse(reconstruction, images, mask, patch_size, norm_pix=False):
         patch_mean, patch_std = patch_statistics(target)
         target = (target - patch_mean) / patch_std
     per_patch = (prediction - target).square().mean(dim=2)  # (B, N)
-    return (per_patch * mask).sum() / mask.sum()  # visible patches give no gradient
+    return (per_patch * mask * weight).sum() / mask.sum()  # visible patches give no gradient
 
 
 # ---- L1 (eq. 1) ----------------------------------------------------------------------------------
@@ -316,6 +331,50 @@ def path_length_penalty(lengths, mean):
     tokens and on D's features; StyleGAN2 penalises the absolute (a - mean)^2.
     """
     return (lengths / mean - 1).square().mean()
+
+
+# ---- Siblings: features and contrast -------------------------------------------------------------
+
+
+def mask_density(mask):
+    """BootMAE's weights (B, N), 1 to 2: 1 + the part of a patch's 3 x 3 neighbourhood, itself
+    included, that is hidden. mask: (B, N), 1 = hidden. Beyond the image nothing is.
+
+    What lies deep inside a hidden block is hard to guess, and counts more than its rim.
+    """
+    side = math.isqrt(mask.shape[1])
+    return 1 + F.avg_pool2d(mask.view(-1, 1, side, side), 3, stride=1, padding=1).flatten(1)
+
+
+def masked_feature_mse(features, target, mask, weight=1.0):
+    """Mean squared error of the hidden patches' features: (B, N, C) twice -> scalar.
+
+    Both sides have each token's mean and deviation removed first (BootMAE's target and, in its
+    code, prediction), so that predicting nothing costs 1. mask, weight: see `masked_mse`.
+    """
+    sides = (F.layer_norm(x.float(), x.shape[2:], eps=1e-6) for x in (features, target.detach()))
+    prediction, target = sides
+    per_patch = (prediction - target).square().mean(dim=2)
+    return (per_patch * mask * weight).sum() / mask.sum()
+
+
+def info_nce(queries, targets, first=0, temperature=0.2):
+    """-log softmax(s / temperature) of the right image, mean over images and places. C-MAE's.
+
+    queries: (B, n, C); targets: (M, n, C), of which first + b is query b's. s: their cosine. A
+    query is compared with what stands at its own place in all M images: of one image, positions
+    alone would tell targets apart. PAPER SILENT: negatives. Chance, all equal: log M.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        q, t = (F.normalize(x.float(), dim=2) for x in (queries, targets.detach()))
+        similarity = torch.einsum("bnd,mnd->nbm", q, t) / temperature  # (n, B, M)
+    right = torch.arange(len(q), device=q.device) + first
+    return F.cross_entropy(similarity.flatten(0, 1), right.repeat(q.shape[1]))
+
+
+def byol_loss(queries, targets):
+    """2 - 2 cos, mean over all pairs (Grill et al. 2020): (B, n, C) twice -> scalar in [0, 4]."""
+    return 2 - 2 * F.cosine_similarity(queries.float(), targets.detach().float(), dim=2).mean()
 
 
 # ---- Segmentation (Table 3) ----------------------------------------------------------------------

@@ -122,6 +122,18 @@ def random_masking(mask_noise, mask_ratio):
     return ids_shuffle[:, :K], ids_restore, mask
 
 
+def with_mask_tokens(x, mask_token, ids_restore):
+    """CLS and visible tokens (B, 1 + K, d) -> CLS and all N in image order, (B, 1 + N, d).
+
+    One learnt token (1, 1, d) stands for every hidden patch; its position alone says which.
+    """
+    B, _, d = x.shape
+    hidden = mask_token.expand(B, 1 + ids_restore.shape[1] - x.shape[1], -1).to(x.dtype)
+    tokens = torch.cat([x[:, 1:], hidden], dim=1)  # (B, N, d), visible first
+    tokens = tokens.gather(1, ids_restore[:, :, None].expand(-1, -1, d))
+    return torch.cat([x[:, :1], tokens], dim=1)
+
+
 # ---- Vision transformer --------------------------------------------------------------------------
 
 
@@ -262,6 +274,10 @@ class ViT(nn.Module):
         # Positions tell the tokens apart: attention itself does not see their order. CLS's is 0.
         positions = self.pos_embed[:, 1:]  # (1, N, C)
         x = x + (positions if ids_keep is None else positions[0][ids_keep])
+        return self.run_blocks(x, levels)
+
+    def run_blocks(self, x, levels=()):
+        """Embedded patches (B, K, C) with their positions -> what `encode` returns."""
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + K, C)
         kept = {0: x}
         for number, block in enumerate(self.blocks, start=1):
@@ -347,6 +363,10 @@ class MAE(ViT):
         inputs = self.decoder_inputs(images, ids_keep, ids_restore)  # the encoder sees K patches
         return self.decode(inputs), mask
 
+    def reconstruct(self, images, mask_ratio, mask_noise):
+        """What is shown and measured: MAE's `forward`, also of a sibling with another one."""
+        return MAE.forward(self, images, mask_ratio, mask_noise)
+
     def decoder_inputs(self, images, ids_keep, ids_restore):
         """-> [the decoder's input, then the skips if there are any], (B, 1 + N, d) each."""
         tokens, _ = self.encode(images, ids_keep)  # (B, 1 + K, C)
@@ -359,18 +379,18 @@ class MAE(ViT):
         with positional embeddings".
         """
         x = self.decoder_embed(x)  # (B, 1 + K, d)
-        B, _, d = x.shape
-        # One learnt token stands for every hidden patch; its position alone says which.
-        hidden = self.mask_token.expand(B, 1 + ids_restore.shape[1] - x.shape[1], -1).to(x.dtype)
-        tokens = torch.cat([x[:, 1:], hidden], dim=1)  # (B, N, d), visible first
-        tokens = tokens.gather(1, ids_restore[:, :, None].expand(-1, -1, d))  # in image order
-        return torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed
+        return with_mask_tokens(x, self.mask_token, ids_restore) + self.decoder_pos_embed
+
+    def decoder_maps(self, inputs):
+        """-> [the decoder's input, the output of each block], (B, 1 + N, d) each."""
+        maps = [inputs[0]]
+        for number, block in enumerate(self.decoder_blocks, start=1):
+            maps.append(block(self.fuse(maps[-1], inputs, number)))
+        return maps
 
     def decode(self, inputs):
         """What `decoder_inputs` returns -> the list of reconstructions that `forward` returns."""
-        maps = [inputs[0]]  # the decoder's input and the output of each block, (B, 1 + N, d)
-        for number, block in enumerate(self.decoder_blocks, start=1):
-            maps.append(block(self.fuse(maps[-1], inputs, number)))
+        maps = self.decoder_maps(inputs)
         # PAPER: sec. 3.3, "simultaneously converted to an RGB image at the required scale".
         # PAPER SILENT: which block gives which. The last gives the finest image, each earlier one
         # half its size; scales beyond the number of blocks come from the decoder's input.
@@ -987,6 +1007,256 @@ class AdaAugment:
         self.sign_sum, self.images, self.steps = 0.0, 0, 0
 
 
+# ---- Siblings: MAE with one thing changed --------------------------------------------------------
+#
+# Not of the Perceptual MAE paper. BootMAE and the regression of features: Dong et al. 2022; R-MAE
+# and C-MAE: Kong and Zhang 2023. A forward pass takes what MAE's takes, and returns what the loss
+# compares (train.py, "Siblings"). PAPER SILENT and DIFFERS mean the sibling's paper here.
+
+
+def frozen(network):
+    """The network, whose parameters no optimiser moves."""
+    return network.requires_grad_(False)
+
+
+@torch.no_grad()
+def move_teacher(network, momentum):
+    """network.teacher <- momentum teacher + (1 - momentum) network; momentum 0 copies.
+
+    The teacher has some of the network's parameters, under the same names.
+    """
+    own = dict(network.named_parameters())
+    for name, parameter in network.teacher.named_parameters():
+        parameter.lerp_(own[name].to(parameter), 1 - momentum)
+
+
+@torch.no_grad()
+def feature_target(teacher, images):
+    """What a teacher, a `ViT`, makes of the whole images: (B, N, C), before its final norm."""
+    _, [x] = teacher.encode(images, levels=[len(teacher.blocks)])
+    return x[:, 1:]
+
+
+class FeatureMAE(MAE):
+    """MAE whose target is a trained MAE's features, not pixels: what an encoder has understood is
+    a better target than what a camera saw. PAPER SILENT: which layer; BootMAE's target is taken.
+    """
+
+    def __init__(self, *, teacher, decoder_width, **sizes):
+        super().__init__(decoder_width=decoder_width, **sizes)
+        self.decoder_pred = linear(decoder_width, teacher.cls_token.shape[2])
+        self.teacher = frozen(teacher)
+
+    def forward(self, images, mask_ratio, mask_noise):
+        """-> (predicted features (B, N, D), the teacher's, mask (B, N))."""
+        ids_keep, ids_restore, mask = random_masking(mask_noise, mask_ratio)
+        x = self.decoder_maps(self.decoder_inputs(images, ids_keep, ids_restore))[-1][:, 1:]
+        features = self.decoder_pred(self.decoder_norm(x))
+        return features, feature_target(self.teacher, images), mask
+
+
+class CrossAttention(nn.Module):
+    """Attention of x (B, N, C) to a context (B, M, D): softmax(q k^T / sqrt(C / heads)) v."""
+
+    def __init__(self, width, heads, context_width):
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv = linear(width, width), linear(context_width, 2 * width)
+        self.proj = linear(width, width)
+
+    def forward(self, x, context):
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
+        k, v = self.kv(context).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class CrossBlock(Block):
+    """`Block` that looks at a context between attention and MLP. (B, N, C), (B, M, D) -> first."""
+
+    def __init__(self, width, heads, context_width):
+        super().__init__(width, heads)
+        self.norm_x = nn.LayerNorm(width, eps=1e-6)
+        self.norm_context = nn.LayerNorm(context_width, eps=1e-6)
+        self.cross = CrossAttention(width, heads, context_width)
+
+    def forward(self, x, context):
+        x = x + self.attn(self.norm1(x))
+        x = x + self.cross(self.norm_x(x), self.norm_context(context))
+        return x + self.mlp(self.norm2(x))
+
+
+class CrossDecoder(nn.Module):
+    """BootMAE's decoder: encoder tokens (B, 1 + K, C) and a context of as many -> (B, N, out).
+
+    PAPER SILENT: heads; the caller's. DIFFERS: visible tokens get positions, too, as in MAE.
+    """
+
+    def __init__(self, encoder, width, heads, out, depth=2):
+        super().__init__()
+        C = encoder.cls_token.shape[2]
+        self.embed = linear(C, width)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.register_buffer("pos_embed", sincos_positions(width, encoder.side))
+        self.blocks = nn.ModuleList(CrossBlock(width, heads, C) for _ in range(depth))
+        self.norm, self.pred = nn.LayerNorm(width, eps=1e-6), linear(width, out)
+
+    def forward(self, x, ids_restore, context):
+        x = with_mask_tokens(self.embed(x), self.mask_token, ids_restore) + self.pos_embed
+        for block in self.blocks:
+            x = block(x, context)
+        with torch.autocast(x.device.type, enabled=False):  # as in `MAE.decode`
+            return self.pred(self.norm(x[:, 1:].float()))
+
+
+class BootMAE(ViT):
+    """MAE that also predicts the features of its own past: a moving average of the encoder sees
+    the whole image. The decoders look up what else they need, the one for pixels in an early level
+    of the encoder, the one for features in the last, so that the encoder need not carry it along.
+    """
+
+    def __init__(self, *, heads, decoder_width, decoder_heads, decoder_depth, **sizes):
+        super().__init__(heads=heads, **sizes)  # decoders have a depth of their own
+        C, p = sizes["width"], self.patch_size
+        self.regressor = CrossDecoder(self, decoder_width, decoder_heads, 3 * p * p)
+        self.predictor = CrossDecoder(self, C, heads, C)
+        self.teacher = frozen(ViT(heads=heads, **sizes))
+        move_teacher(self, 0)
+
+    def forward(self, images, mask_ratio, mask_noise):
+        """-> (image (B, 3, H, W), features (B, N, C), the teacher's (B, N, C), mask (B, N))."""
+        ids_keep, ids_restore, mask = random_masking(mask_noise, mask_ratio)
+        tokens, [low, high] = self.encode(images, ids_keep, [1, len(self.blocks)])
+        image = unpatchify(self.regressor(tokens, ids_restore, low), self.patch_size)
+        image, features = imagenet_denormalize(image), self.predictor(tokens, ids_restore, high)
+        return image, features, feature_target(self.teacher, images), mask
+
+    def reconstruct(self, images, mask_ratio, mask_noise):
+        """As `MAE.reconstruct`."""
+        image, _, _, mask = self(images, mask_ratio, mask_noise)
+        return [image], mask
+
+
+class RMAE(MAE):
+    """MAE that has to paint the same from two views of an image, one of which sees what the other
+    does not: occlusion must not matter. second: what the other view sees; "complement": all that
+    is hidden from the first; "independent" (R-MAE with a dagger): a choice of its own, as much as
+    that; "whole" (double dagger): everything.
+    """
+
+    def __init__(self, *, second="complement", **sizes):
+        super().__init__(**sizes)
+        self.second = second
+
+    def forward(self, images, mask_ratio, mask_noise):
+        """-> (first and second reconstruction (B, 3, H, W), which patches count (B, N)).
+
+        These are hidden from the first view, and visible to the second.
+        """
+        ids_keep, ids_restore, mask = random_masking(mask_noise, mask_ratio)
+        N, K = mask.shape[1], ids_keep.shape[1]
+        # Places in the order "visible first", as `random_masking` makes it, of the second view.
+        if self.second == "complement":  # the order starts where the first view's sight ends
+            places, seen = (ids_restore - K) % N, N - K
+        elif self.second == "independent":  # mirrored noise is independent of that at any patch
+            places, seen = mask_noise.flip(1).argsort(dim=1).argsort(dim=1), N - K
+        else:
+            places, seen = ids_restore, N
+        keep = places.argsort(dim=1)[:, :seen]
+        [first] = self.decode(self.decoder_inputs(images, ids_keep, ids_restore))
+        [second] = self.decode(self.decoder_inputs(images, keep, places))
+        return first, second, mask * (places < seen)
+
+
+class ContrastBranch(ViT):
+    """f and p of C-MAE: an encoder that takes mask tokens, and a projector.
+
+    grain: "token", every patch's token by itself; "mean", their mean; or "cls".
+    PAPER SILENT: widths for other sizes than ViT-B, here in proportion, and norms, here none.
+    """
+
+    def __init__(self, *, grain, **sizes):
+        super().__init__(**sizes)
+        self.grain, C = grain, sizes["width"]
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, C))
+        self.projector = two_layers(C)
+
+    def embed(self, images, mask):
+        """Images (B, 3, H, W) with mask (B, N), 1 = hidden -> (B, n, C), n = N or 1 by grain."""
+        x = self.patch_embed(imagenet_normalize(images))
+        x = torch.where(mask[:, :, None] > 0, self.mask_token.to(x), x)
+        x, _ = self.run_blocks(x + self.pos_embed[:, 1:])
+        if self.grain == "cls":
+            return self.projector(x[:, :1])
+        x = x[:, 1:]
+        return self.projector(x.mean(dim=1, keepdim=True) if self.grain == "mean" else x)
+
+
+def two_layers(width):
+    """C-MAE's projector and predictor: (..., C) -> same; hidden width 2048 for ViT-B's 768."""
+    hidden = width * 8 // 3
+    return nn.Sequential(linear(width, hidden), nn.GELU(), linear(hidden, width))
+
+
+class CMAE(ContrastBranch):
+    """No decoder: features of one view of an image must predict those of the other, which sees
+    exactly the rest of it, and that better than any other image's. It asks whether MAE is at heart
+    a contrast of occluded views. The second view goes through a moving average of the network.
+
+    PAPER SILENT: one direction, or both (symmetric)?
+    """
+
+    def __init__(self, *, grain="token", symmetric=False, width, depth, heads, **sizes):
+        sizes = dict(width=width, depth=depth, heads=heads) | {
+            name: sizes[name]
+            for name in ("image_size", "patch_size")  # there is no decoder
+        }
+        super().__init__(grain=grain, **sizes)
+        self.symmetric, self.predictor = symmetric, two_layers(width)
+        self.teacher = frozen(ContrastBranch(grain=grain, **sizes))
+        move_teacher(self, 0)
+
+    def forward(self, views, mask_ratio, mask_noise):
+        """views: (B, 2, 3, H, W), two colourings of each image -> [(queries, targets (B, n, C))].
+
+        One pair, or both directions. Target i of an image stands at the place of its query i.
+        """
+        _, _, mask = random_masking(mask_noise, mask_ratio)
+        one, two = views.unbind(1)
+        pairs = []
+        for mine, hidden, other, rest in [(one, mask, two, 1 - mask), (two, 1 - mask, one, mask)]:
+            with torch.no_grad():
+                targets = self.teacher.embed(other, rest)
+            pairs.append((self.predictor(self.embed(mine, hidden)), targets))
+            if not self.symmetric:
+                break
+        return pairs
+
+
+SECOND_VIEWS, GRAINS = ("complement", "independent", "whole"), ("token", "mean", "cls")
+SIBLINGS = {"feature_mae": FeatureMAE, "boot_mae": BootMAE, "r_mae": RMAE, "c_mae": CMAE}
+
+
+def build_sibling(arch, size, image_size, patch_size, **options):
+    """A network of SIBLINGS, of a size in MAE_SIZES; options: its own (see the classes)."""
+    sizes = dict(image_size=image_size, patch_size=patch_size)
+    return SIBLINGS[arch](**sizes, **MAE_SIZES[size], **options)
+
+
+def open_teacher(path, image_size, patch_size):
+    """The encoder in a file of ViT-MAE weights, for images of `image_size`; ValueError if none."""
+    weights, _ = read_weights(path)
+    sizes = published_sizes(weights, path)
+    if sizes["patch_size"] != patch_size:
+        raise ValueError(
+            f"{path} has patches of {sizes['patch_size']} px, this run {patch_size}: features of "
+            "one cannot be told for the other; give --patch-size the former"
+        )
+    teacher = build_encoder(sizes["model"], image_size, patch_size)
+    load_whole(teacher, encoder_weights(weights, teacher.side, path), path)
+    return teacher
+
+
 # ---- Classifier: the encoder after pre-training (sec. 4, fine-tuning) ----------------------------
 
 
@@ -1065,7 +1335,7 @@ class Classifier(nn.Module):
         return [embedding, *(list(b.parameters()) for b in self.encoder.blocks), top]
 
 
-def build_encoder(size, image_size, patch_size, drop):
+def build_encoder(size, image_size, patch_size, drop=0.0):
     """The encoder of a size in MAE_SIZES; ValueError if the patch size does not fit the image."""
     sizes = {k: MAE_SIZES[size][k] for k in ("width", "depth", "heads")}
     return ViT(image_size=image_size, patch_size=patch_size, drop=drop, **sizes)
@@ -1661,8 +1931,11 @@ def build_loss_network(kind, path=None, random=False):
 
 # ---- Weights in and out: into a network ----------------------------------------------------------
 
-DECODER = ("decoder_", "mask_token")  # how the names of a decoder's weights begin
-OURS_ALONE = ("decoder_fuse", "decoder_rgb")  # MSG-MAE's skips and scales: in no other project
+# In no other project: MSG-MAE's skips and scales, and what siblings have beside the encoder.
+SIBLINGS_OWN = ("teacher.", "regressor.", "predictor.", "projector.")
+OURS_ALONE = ("decoder_fuse", "decoder_rgb", *SIBLINGS_OWN)
+# How the names of all that is not the encoder begin.
+DECODER = ("decoder_", "mask_token", *SIBLINGS_OWN)
 
 
 def load_whole(network, weights, path):
@@ -1676,10 +1949,11 @@ def load_autoencoder(mae, weights, path):
     """Give an autoencoder another's encoder, and decoder where there is one -> what was taken.
 
     weights: {our name: tensor}. All of the encoder must be there, and all of the decoder or
-    nothing of it; the skips and scales of MSG-MAE may be missing. Positions are resized.
+    nothing of it; the skips and scales of MSG-MAE may be missing, and siblings with a teacher take
+    the encoder alone. Positions are resized.
     """
-    expected = mae.state_dict()
-    decoder = {k: v for k, v in weights.items() if k.startswith(DECODER)}
+    expected, pupil = mae.state_dict(), hasattr(mae, "teacher")
+    decoder = {k: v for k, v in weights.items() if k.startswith(DECODER) and not pupil}
     if "decoder_pos_embed" in decoder:  # fixed
         decoder["decoder_pos_embed"] = expected["decoder_pos_embed"]
     encoder = encoder_weights(weights, mae.side, path)

@@ -39,8 +39,10 @@ import model
 import train
 from model import AdaAugment, MSGDiscriminator, StyleGAN2Discriminator
 
-ROWS = [(loss, "auto") for loss in losses.LOSSES]  # and the ablations of Tables 2 and 3
+SIBLINGS = [loss for loss, row in losses.LOSSES.items() if row["own"]]
+ROWS = [(loss, "auto") for loss in losses.LOSSES if loss not in SIBLINGS]  # and the ablations
 ROWS += [("msg_gan_p", "mae"), ("stylegan2_ada_p", "mae"), ("mse", "msg_mae")]
+EVERY_ROW = [*ROWS, *((loss, "auto") for loss in SIBLINGS)]
 TINY = ["--model", "tiny", "--image-size", "32", "--patch-size", "8", "--data", "shapes"]
 TINY += ["--d-channels", "8", "--d-max", "32"]
 RECONSTRUCT = ["--task", "reconstruct", "--data", "shapes", "--workers", "0"]
@@ -64,7 +66,7 @@ def close(a, b, tolerance):
 
 @functools.cache
 def loss_network_flags():
-    """Flags that name stand-in files for the published weights of loss networks."""
+    """Flags that name stand-in files for published weights: of loss networks, and a teacher."""
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     with torch.random.fork_rng():
@@ -74,7 +76,9 @@ def loss_network_flags():
             for p in network.parameters():
                 torch.nn.init.normal_(p, std=1.4 * (p[0].numel() or 1) ** -0.5 if p.ndim > 1 else 0)
             torch.save(network.state_dict(), f"{folder.name}/{name}.pth")
-    return [f"--{n}-weights={folder.name}/{n}.pth" for n in ("dvae", "vgg")]
+        torch.save(model.build_mae("nano", 32, 8).state_dict(), f"{folder.name}/mae.pth")
+    flags = [f"--{n}-weights={folder.name}/{n}.pth" for n in ("dvae", "vgg")]
+    return [*flags, f"--teacher={folder.name}/mae.pth"]
 
 
 def tiny_run(*flags):
@@ -90,10 +94,10 @@ def save_autoencoder(path, *flags):
     torch.save(content, path)
 
 
-def tiny_batch(B=4, seed=0):
-    """(images (B, 3, 32, 32) in [0, 1], noise (B, 16), seeds (B,))."""
+def tiny_batch(B=4, seed=0, views=1):
+    """(images (B, 3, 32, 32) in [0, 1], noise (B, 16), seeds (B,)); views=2: (B, 2, 3, 32, 32)."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.rand(B, 3, 32, 32, generator=generator)
+    images = torch.rand(B, *[views] * (views > 1), 3, 32, 32, generator=generator)
     return images, torch.rand(B, 16, generator=generator), torch.arange(B) + 100
 
 
@@ -1616,6 +1620,8 @@ def test_every_row_learns_a_batch_by_heart():
     images = torch.stack([data.to_float(s[0]) for s in shapes_samples(4)])
     noise = torch.rand(4, 16, generator=torch.Generator().manual_seed(0))
     for loss in losses.LOSSES:
+        if loss in SIBLINGS:
+            continue  # see `test_every_sibling_lowers_its_terms`
         # Twenty steps show whether gradients work, not how the two players balance.
         run, args = tiny_run("--loss", loss, "--lr", "1e-3", "--adversarial-weight", "0.1")
         args.warmup_epochs = 0
@@ -2851,7 +2857,8 @@ def row_gradients(loss, arch, part, accum):
     """
     flags = ["--r1-gamma", "0.1", "--r1-every", "1", "--path-every", "1", "--ada-images", "100"]
     run, args = tiny_run("--loss", loss, "--arch", arch, *flags)
-    images, noise, seeds = (x[part] for x in tiny_batch(16))
+    views = losses.LOSSES[loss]["views"]
+    images, noise, seeds = (x[part] for x in tiny_batch(16, views=views))
     batches = zip(*(x.chunk(accum) for x in ((images * 255).byte(), noise, seeds)), strict=True)
     batches, results = [(*batch, []) for batch in batches], []
     run.opt_g = torch.optim.SGD(run.mae.parameters(), lr=1e-3)
@@ -2873,8 +2880,8 @@ def gloo_gradients(folder):
     """One process of the next test: this rank's half of the batch, for every row."""
     train.start_processes()
     rank, results = int(os.environ["RANK"]), []
-    for loss, arch in ROWS:  # accumulated, too, where no statistic spans the batch
-        accum = 1 if losses.LOSSES[loss]["ada"] else 2
+    for loss, arch in EVERY_ROW:  # accumulated, too, where no statistic spans the batch
+        accum = 1 if loss in ("stylegan2_ada_p", "c_mae") else 2
         results.append(row_gradients(loss, arch, slice(rank, None, 2), accum))
     torch.save(results, f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -2884,12 +2891,306 @@ def test_two_processes_give_the_gradients_of_one_for_every_row_in_two_steps():
     with scratch() as folder:
         finish(launch_pair(__file__, "--gloo", folder))
         parts = [torch.load(f"{folder}/rank{r}.pt", weights_only=True) for r in range(2)]
-    for row, first, second in zip(ROWS, *parts, strict=True):
+    for row, first, second in zip(EVERY_ROW, *parts, strict=True):
         whole = row_gradients(*row, slice(None), 1)
         for k, tolerance in ((0, 2e-4), (1, 1e-5)):  # gradients; state
             for expected, a, b in zip(whole[k], first[k], second[k], strict=True):
                 assert torch.equal(a, b), row  # the processes agree
                 close(a, expected, tolerance * max(k, expected.abs().max().item()))
+
+
+# ---- Siblings ------------------------------------------------------------------------------------
+
+
+def sibling_terms(loss, *flags):
+    """(run, args, batch, terms) of a sibling's batch, gradients in place."""
+    run, args = tiny_run("--loss", loss, *flags)
+    batch = tiny_batch(views=losses.LOSSES[loss]["views"])
+    terms = train.backward_sibling(run, *batch[:2], 1, 1.0, args)
+    return run, args, batch, terms
+
+
+def normal(x):
+    """Each row without its mean and deviation."""
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+
+
+def hidden_patches(noise, hidden=12):
+    """{(image, patch)} of the patches with the largest noise."""
+    return {(b, n) for b, row in enumerate(noise.tolist()) for n in np.argsort(row)[-hidden:]}
+
+
+def patch_of(images, n, side=4, p=8):
+    y, x = divmod(n, side)
+    return model.imagenet_normalize(images)[:, y * p : y * p + p, x * p : x * p + p]
+
+
+def test_block_masks_hide_as_many_patches_as_they_should_in_rectangles():
+    torch.manual_seed(0)
+    for side, wanted in ((14, 120), (8, 39), (4, 10)):
+        masks = torch.stack([data.block_mask(side) for _ in range(300)])
+        assert masks.shape == (300, side**2) and set(masks.unique().tolist()) == {0, 1}
+        assert (masks.sum(dim=1) == wanted).all(), side
+        grid = masks.view(-1, side, side)
+        # In rectangles: a hidden patch's neighbour is hidden far more often than by chance, 61 %.
+        beside = (grid[:, :, 1:] * grid[:, :, :-1]).sum() / grid[:, :, :-1].sum()
+        assert side < 14 or beside > 0.85, beside
+        coverage = grid.mean(dim=0)  # anywhere, but corners, which few rectangles reach, less often
+        assert coverage.min() > 0.05 and coverage[0, 0] < coverage[side // 2, side // 2]
+        close(coverage, coverage.T, 0.2)  # upright rectangles as often as flat ones
+    common = dict(image_size=32, num_patches=196, seed=0, masks="block")
+    dataset = data.PretrainSet(data.Shapes("train", 32), **common)
+    noise = dataset[1, 0][1]
+    assert torch.equal(noise, dataset[1, 0][1]) and (noise >= 1).sum() == 120
+    _, _, mask = model.random_masking(noise[None], 0.75)
+    assert mask.sum() == 147 and (mask[0] >= (noise >= 1)).all()  # blocks, and 27 others
+
+
+def test_hidden_patches_weigh_by_how_many_of_their_neighbours_are_hidden():
+    mask = torch.zeros(1, 5, 5)
+    mask[0, 0, 0] = 1
+    mask[0, 2:, 2:] = 1
+    weights = losses.mask_density(mask.flatten(1)).view(5, 5)
+    close(weights[0, 0], 10 / 9, 1e-6)  # a corner alone
+    close(weights[3, 3], 2, 1e-6)  # within a block
+    close(weights[4, 4], 1 + 4 / 9, 1e-6)  # beyond the image nothing is hidden
+    close(weights[2, 2], 1 + 4 / 9, 1e-6)
+
+
+def test_cross_attention_is_that_of_torch():
+    torch.manual_seed(0)
+    ours = model.CrossAttention(24, 3, 40)
+    theirs = torch.nn.MultiheadAttention(24, 3, kdim=40, vdim=40, batch_first=True)
+    k, v = ours.kv.weight.chunk(2)
+    pairs = {"q_proj_weight": ours.q.weight, "k_proj_weight": k, "v_proj_weight": v}
+    pairs |= {"out_proj.weight": ours.proj.weight, "out_proj.bias": ours.proj.bias}
+    for layer in (ours.q, ours.kv, ours.proj):
+        torch.nn.init.normal_(layer.bias)
+    pairs["in_proj_bias"] = torch.cat([ours.q.bias, ours.kv.bias])
+    theirs.load_state_dict({name: value.detach() for name, value in pairs.items()})
+    x, context = torch.randn(2, 5, 24), torch.randn(2, 7, 40)
+    close(ours(x, context), theirs(x, context, context, need_weights=False)[0].detach(), 1e-5)
+
+
+def test_feature_mae_and_boot_mae_compare_what_they_should():
+    for loss in ("feature_mae", "boot_mae"):
+        run, args, (images, noise, _), terms = sibling_terms(loss)
+        with torch.no_grad():
+            seen = run.mae(images, 0.75, noise)
+        features, target, mask = seen[-3:]
+        assert {(b, n) for b, n in mask.nonzero().tolist()} == hidden_patches(noise)
+        assert target.shape == (4, 16, 128 if loss == "feature_mae" else 192)
+        # The target: a plain ViT of the teacher's weights, the whole image, no final norm.
+        size = "nano" if loss == "feature_mae" else "tiny"
+        shape = {k: model.MAE_SIZES[size][k] for k in ("width", "depth", "heads")}
+        vit = model.ViT(image_size=32, patch_size=8, **shape)
+        vit.load_state_dict(run.mae.teacher.state_dict(), strict=False)
+        vit.norm = torch.nn.Identity()
+        close(target, vit(images)[:, 1:].detach(), 1e-5)
+        weight = losses.mask_density(mask) if loss == "boot_mae" else torch.ones(4, 16)
+        total, pixel = 0, 0
+        for b, n in hidden_patches(noise):
+            error = (normal(features[b, n]) - normal(target[b, n])).square().mean()
+            total += weight[b, n] * error / 48
+            if loss == "boot_mae":
+                error = (patch_of(seen[0][b], n) - patch_of(images[b], n)).square().mean()
+                pixel += weight[b, n] * error / 48
+        ramp = 4 / args.epochs if loss == "boot_mae" else 1  # of the first epoch
+        close(terms["features"], ramp * total, 1e-5)
+        if loss == "boot_mae":
+            close(terms["pixel"], pixel, 1e-5)
+            for epoch, part in ((1, 0.04), (20, 0.8), (25, 1), (100, 1)):
+                args.epochs = 100
+                weighed = train.boot_mae_terms(run, images, noise, epoch, args)["features"]
+                close(weighed, part * total, 1e-5)
+        assert all(p.grad is None for p in run.mae.teacher.parameters())
+
+
+def test_boot_mae_paints_from_an_early_level_and_guesses_features_from_the_last():
+    run, _, (images, noise, _), _ = sibling_terms("boot_mae")
+    ids_keep, ids_restore, _ = model.random_masking(noise, 0.75)
+    x, levels = run.mae.encode(images, ids_keep, [0, 1, 6])
+    assert [len(d.blocks) for d in (run.mae.regressor, run.mae.predictor)] == [2, 2]
+    image, features, _, _ = run.mae(images, 0.75, noise)
+    patches = run.mae.regressor(x, ids_restore, levels[1])
+    close(image, model.imagenet_denormalize(model.unpatchify(patches, 8)), 1e-6)
+    close(features, run.mae.predictor(x, ids_restore, levels[2]), 1e-6)
+    [again], mask = run.mae.reconstruct(images, 0.75, noise)
+    assert torch.equal(again, image) and mask.sum() == 48
+
+
+def test_r_mae_sees_the_halves_that_it_should_and_compares_what_it_should():
+    visible = {"complement": 12, "independent": 12, "whole": 16}
+    for second, count in visible.items():
+        run, args, (images, noise, _), terms = sibling_terms("r_mae", "--second", second)
+        images = images.clone().requires_grad_()
+        first, other, counted = run.mae(images, 0.75, noise)
+        hidden = torch.zeros(4, 16)
+        for b, n in hidden_patches(noise):
+            hidden[b, n] = 1
+        seen = []  # by what each view's painting depends on
+        for painting in (first, other):
+            (grad,) = torch.autograd.grad(painting.sum(), images, retain_graph=True)
+            seen.append(losses.patchify(grad, 8).abs().amax(dim=2) > 0)
+        assert torch.equal(seen[0], hidden == 0) and (seen[1].sum(dim=1) == count).all()
+        assert second != "complement" or torch.equal(seen[1], hidden == 1)
+        assert torch.equal(counted.bool(), (hidden == 1) & seen[1])
+        if second == "complement":  # MAE itself, on the complementary noise
+            [expected], _ = model.MAE.forward(run.mae, images, 0.25, -noise)
+            close(other, expected, 1e-5)
+        [expected], _ = run.mae.reconstruct(images, 0.75, noise)
+        assert torch.equal(expected, first)
+        agreement = pixel = 0
+        places = counted.nonzero().tolist()
+        for b, n in places:
+            mine, theirs, true = (patch_of(x[b], n) for x in (first, other, images))
+            agreement += (mine - theirs).square().mean() / len(places)
+            pixel += (theirs - true).square().mean() / len(places)
+        close(terms["agreement"], agreement.detach(), 1e-5)
+        close(terms["pixel"], pixel.detach(), 1e-5)
+
+
+def test_independent_views_hide_independently_at_every_patch():
+    torch.manual_seed(0)
+    mae = model.build_sibling("r_mae", "nano", 16, 4, second="independent")
+    both = torch.zeros(16)
+    mae.decode = lambda inputs: inputs  # only the masks matter here
+    mae.decoder_inputs = lambda *_: [None]
+    noise = torch.rand(20000, 16)
+    counted = mae(None, 0.75, noise)[2]
+    both = counted.mean(dim=0)  # hidden from the first, visible to the second: .75 * .75
+    close(both, torch.full((16,), 0.5625), 0.02)
+
+
+def test_contrast_has_its_hand_value_and_chance_is_the_logarithm_of_the_batch():
+    # Two images at one place. Cosines: .6 and 1 with their own, 0 and .8 with the other's target.
+    queries = torch.tensor([[[2.0, 0.0]], [[0.6, 0.8]]])
+    targets = torch.tensor([[[0.6, 0.8]], [[0.0, 5.0]]])
+    s = [[0.6, 0.0], [1.0, 0.8]]
+
+    def by_hand(rows, right, temperature):
+        scores = [[math.exp(v / temperature) for v in row] for row in rows]
+        parts = [row[i] / sum(row) for row, i in zip(scores, right, strict=True)]
+        return -sum(map(math.log, parts)) / len(parts)
+
+    close(losses.info_nce(queries, targets), by_hand(s, [0, 1], 0.2), 1e-6)
+    # The same targets as the second and third of three processes' four.
+    more = torch.cat([torch.tensor([[[-1.0, 0.0]]]), targets, torch.tensor([[[0.0, -1.0]]])])
+    s = [[-1, 0.6, 0.0, 0], [-0.6, 1.0, 0.8, -0.8]]
+    close(losses.info_nce(queries, more, 1, 0.5), by_hand(s, [1, 2], 0.5), 1e-6)
+    same = torch.ones(7, 3, 5)
+    close(losses.info_nce(same, same), math.log(7), 1e-6)
+    close(losses.byol_loss(queries, targets), 2 - 0.6 - 0.8, 1e-6)
+    torch.manual_seed(0)  # places are compared with their own kind alone: a loop
+    q, t = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    total = 0
+    for b, n in itertools.product(range(3), range(4)):
+        scores = torch.stack([F.cosine_similarity(q[b, n], t[m, n], dim=0) / 0.2 for m in range(3)])
+        total -= scores.log_softmax(dim=0)[b] / 12
+    close(losses.info_nce(q, t), total, 1e-6)
+
+
+def test_c_mae_compares_complementary_views_at_the_same_place():
+    for loss, grain, symmetric in (
+        ("c_mae", "token", False),
+        ("c_mae", "mean", True),
+        ("byol_mae", "cls", True),
+    ):
+        flags = ["--grain", grain, *["--symmetric"] * symmetric]
+        run, args, (views, noise, _), terms = sibling_terms(loss, *flags)
+        hidden = torch.zeros(4, 16)
+        for b, n in hidden_patches(noise):
+            hidden[b, n] = 1
+        # Which patches of which view do queries and targets depend on?
+        views.requires_grad_()
+        pairs = run.mae(views, 0.75, noise)
+        assert len(pairs) == 1 + symmetric
+        for direction, (queries, targets) in enumerate(pairs):
+            assert queries.shape == targets.shape == (4, 16 if grain == "token" else 1, 192)
+            assert not targets.requires_grad
+            (grad,) = torch.autograd.grad(queries.square().sum(), views, retain_graph=True)
+            seen = losses.patchify(grad[:, direction], 8).abs().amax(dim=2) > 0
+            assert torch.equal(seen, hidden == direction)
+            assert grad[:, 1 - direction].abs().max() == 0
+            # Targets: the same network, without predictor, as long as the teacher is its copy.
+            other = views[:, 1 - direction].detach()
+            expected = run.mae.embed(other, hidden if direction else 1 - hidden)
+            close(targets, expected.detach(), 1e-6)
+        name = "contrast" if loss == "c_mae" else "agreement"
+        compare = losses.info_nce if loss == "c_mae" else losses.byol_loss
+        close(terms[name], sum(compare(q, t) for q, t in pairs).detach() / len(pairs), 1e-5)
+
+
+def test_a_teacher_is_a_moving_average_that_starts_as_a_copy_and_has_no_gradient():
+    for loss in ("boot_mae", "c_mae"):
+        run, args, batch, _ = sibling_terms(loss)
+        own = dict(run.mae.named_parameters())
+        trained = {id(p) for group in run.opt_g.param_groups for p in group["params"]}
+        start = {k: v.clone() for k, v in run.mae.teacher.named_parameters()}
+        assert start.keys() <= own.keys() and len(start) > 50
+        for name, p in run.mae.teacher.named_parameters():
+            assert torch.equal(p, own[name]) and p.grad is None and id(p) not in trained
+        # A network that jumps by 1 once: after k steps the teacher has done 1 - m^k of it.
+        with torch.no_grad():
+            for name in start:
+                own[name] += 1
+        for _ in range(5):
+            model.move_teacher(run.mae, 0.9)
+        for name, p in run.mae.teacher.named_parameters():
+            close(p, start[name] + 1 - 0.9**5, 1e-5)
+    args = SimpleNamespace(loss="boot_mae")
+    for epoch, wanted in ((1, 0.999), (51, 0.99945), (101, 0.9999), (300, 0.9999)):
+        close(train.teacher_momentum(epoch, args), wanted, 1e-9)
+    assert train.teacher_momentum(40, SimpleNamespace(loss="c_mae")) == 0.996
+
+
+def test_every_sibling_lowers_its_terms():
+    for loss in SIBLINGS:
+        run, args = tiny_run("--loss", loss, "--epochs", "1")
+        images, noise, seeds = tiny_batch(views=losses.LOSSES[loss]["views"])
+        batch, progress = ((255 * images).byte(), noise, seeds, []), train.new_progress()
+        train.set_rate(run.opt_g, 1e-3)
+        history = []
+        for _ in range(20):
+            terms = train.step_gradients(run, [batch], False, progress, args)
+            history.append(sum(terms.values()).item())
+            train.update(run, apply=True)
+        assert np.mean(history[-3:]) < 0.75 * np.mean(history[:3]), (loss, history)
+
+
+def test_siblings_run_from_their_name_and_their_encoders_are_measured():
+    with scratch() as root:
+        for loss in SIBLINGS:
+            out, flags = root / loss, [*FAST, "--loss", loss, "--limit-images", 8, "--epochs", 1]
+            assert command(*flags, *loss_network_flags(), "--out", out)[0] == 0
+            [row] = log_of(out)
+            paints = losses.LOSSES[loss]["pixel"] is not None
+            assert math.isfinite(row["psnr" if paints else "val_loss"])
+            assert (out / "pictures" / "epoch_0001.png").exists() == paints
+            path = ["--checkpoint", out / "checkpoint.pt", "--workers", 0]
+            assert tune(*path, "--task", "knn", *PROBE, "--limit-images", 20)[0] == 0
+            encoder, measured = kept_in(out)["mae"], opened_run([*path, *PROBE])[0].network.encoder
+            for name, value in measured.state_dict().items():
+                assert torch.equal(value, encoder[name]) or name == "pos_embed", name
+            look = [*path, "--task", "reconstruct", "--data", "shapes", "--val-images", 3]
+            look += ["--inception-weights", "none", "--out", root / "look"]
+            if paints:
+                assert tune(*look)[0] == 0
+            else:
+                tune_refused(*look, names=[f"--loss {loss}", "paints nothing"])
+            if loss == "boot_mae":  # --init: the teacher starts from the same weights
+                run, args = tiny_run("--loss", "c_mae", "--init", str(out / "checkpoint.pt"))
+                with contextlib.redirect_stdout(io.StringIO()):
+                    train.initialise(run, args)
+                assert torch.equal(run.mae.teacher.cls_token, encoder["cls_token"])
+                assert torch.equal(run.mae.cls_token, encoder["cls_token"])
+        refused(*FAST, "--loss", "feature_mae", names=["--teacher FILE"])
+        refused(*FAST, "--loss", "r_mae", "--arch", "msg_mae", names=["--arch msg_mae"])
+        flags = [*FAST, "--loss", "feature_mae", "--teacher"]
+        refused(*flags, root / "none.pt", names=["none.pt"])
+        refused(*flags, root / "r_mae" / "checkpoint.pt", "--patch-size", 4, names=["8 px", "4"])
+        r_mae = [*FAST, "--loss", "r_mae", "--out", root / "r_mae", "--second", "whole"]
+        refused(*r_mae, "--limit-images", 8, names=["--second complement (now whole)"])
 
 
 # ---- Weights in and out --------------------------------------------------------------------------
@@ -3479,16 +3780,21 @@ def test_two_processes_measure_what_one_does():
         save_autoencoder(root / "g.pt", "--loss", "msg_gan_p")
         torch.save(stand_in(), root / "inception.pth")
         jobs = {task: [*learn, "--task", task] for task in CLASSIFY}
-        # Samples of a detector and dropout depend on the process: here the weights stay as drawn.
-        still = [*learn, *SMALL_HEADS, "--lr", 1e-12, "--limit-images", 4]
-        jobs |= {task: [*still, "--task", task] for task in finetune.DENSE}
+        # A detector's samples and stochastic depth are drawn for each batch, here of one image.
+        dense = [*learn, *SMALL_HEADS, "--limit-images", 6, "--epochs", 2, "--drop-path", 0.3]
+        jobs |= {task: [*dense, "--task", task] for task in finetune.DENSE}
         jobs["reconstruct"] = [*RECONSTRUCT, "--checkpoint", root / "g.pt", "--val-images", 3]
         jobs["reconstruct"] += ["--inception-weights", root / "inception.pth"]
-        two = [[*job, "--out", root / f"{task}2", "--batch-size", 2] for task, job in jobs.items()]
+        size = {task: 1 if task in finetune.DENSE else 2 for task in jobs}
+        two = [
+            [*job, "--out", root / f"{task}2", "--batch-size", size[task]]
+            for task, job in jobs.items()
+        ]
         (root / "jobs.json").write_text(json.dumps(two, default=str))
         ranks = launch_pair(__file__, "--tune", root / "jobs.json")
         for task, job in jobs.items():
-            assert tune(*job, "--out", root / f"{task}1", "--batch-size", 4)[0] == 0
+            alone = ["--batch-size", 1, "--accum", 2] if size[task] == 1 else ["--batch-size", 4]
+            assert tune(*job, "--out", root / f"{task}1", *alone)[0] == 0
         finish(ranks)
         one, two = (json.loads((root / f"reconstruct{n}" / "eval.json").read_text()) for n in "12")
         assert one["images"] == two["images"] == 3
@@ -3502,10 +3808,10 @@ def test_two_processes_measure_what_one_does():
             assert (one["top1"], one["top5"]) == (two["top1"], two["top5"]), (one, two)
             close(one.get("val_loss", 0), two.get("val_loss", 0), 1e-4)
         for task in finetune.DENSE:
-            [one], [two] = (log_of(root / f"{task}{n}") for n in "12")
-            assert one["val_images"] == two["val_images"] == 9
-            figures = list(one)[list(one).index("bad_images") + 1 :]
-            close([one[name] for name in figures], [two[name] for name in figures], 1e-3)
+            for one, two in zip(*(log_of(root / f"{task}{n}") for n in "12"), strict=True):
+                assert one["val_images"] == two["val_images"] == 9
+                same = [name for name in one if name not in ("seconds", "images_per_second")]
+                close([one[name] for name in same], [two[name] for name in same], 1e-3)
         one, two = (json.loads((root / f"detect{n}/results_bbox.json").read_text()) for n in "12")
         assert len({entry["image_id"] for entry in one}) > 5 and len(one) == len(two)
         for a, b in zip(one, two, strict=True):
@@ -3917,8 +4223,11 @@ def test_dense_tasks_refuse_what_does_not_fit_in_one_line():
         assert not (root / "out").exists()
         status, errors = tune(*flags, "--task", "segment", "--data", root / "ade")
         assert status == 0, errors
-        (root / "ade" / "objectInfo.txt").unlink()
+        (root / "ade" / "images" / "training").rename(root / "gone")  # measuring needs none of it
         best = ["--checkpoint", root / "out" / "best.pt", "--workers", 0]
+        status, errors = tune("--eval", *best, "--data", root / "ade")
+        assert status == 0, errors
+        (root / "ade" / "objectInfo.txt").unlink()
         tune_refused("--eval", *best, "--data", root / "ade", names=["sky", "only in"])
 
 

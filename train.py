@@ -5,10 +5,11 @@
     torchrun --nproc_per_node=8 train.py --loss msg_gan_p       # one node, data/imagenet
 
 The method comes first: what one step computes (paper: eq. 1 to 7, with the schedule of sec. 4), the
-update of both players, and the loop over epochs. It ends at the banner "What keeps a run alive";
-below stand processes and precision, construction, data, checkpoints, validation, benchmark and
-command line. The losses are in losses.py, the networks in model.py, the images in data.py;
-finetune.py does everything that is done with a checkpoint.
+update of both players, and the loop over epochs; then the steps of siblings, MAE with one thing
+changed, from two other papers. It ends at the banner "What keeps a run alive"; below stand
+processes and precision, construction, data, checkpoints, validation, benchmark and command line.
+The losses are in losses.py, the networks in model.py, the images in data.py; finetune.py does
+everything that is done with a checkpoint.
 
 Writes to OUT: checkpoint.pt, log.jsonl (one JSON object per epoch) and pictures/. Run the same
 command again after any interruption and it continues where the checkpoint was saved (--demo starts
@@ -235,12 +236,15 @@ def step_gradients(run, batches, eq3_on, progress, args):
     for number, (images, mask_noise, seeds, *_) in enumerate(batches, start=1):
         images = data.to_float(images.to(run.device, non_blocking=True))  # (B, 3, H, W) in [0, 1]
         batch = images, mask_noise.to(run.device, non_blocking=True), seeds
-        terms = {}
+        terms, own = {}, LOSSES[args.loss]["own"]
         if LOSSES[args.loss]["path"] or args.r1_gamma:
             terms = regularise(run, *batch, share, progress, args)
         # Processes exchange gradients during the last backward pass of a step alone.
         with exchange(number == len(batches), run.mae, run.disc):
-            terms |= backward(run, *batch, eq3_on=eq3_on, share=share, args=args)
+            if own is None:
+                terms |= backward(run, *batch, eq3_on=eq3_on, share=share, args=args)
+            else:
+                terms |= backward_sibling(run, *batch[:2], progress["epoch"], share, args)
         for name, value in terms.items():
             totals[name] = totals.get(name, 0) + value * share
     return totals
@@ -321,11 +325,13 @@ def pretrain(args, device):
             means, stopping = agree(run, terms, batches, stop["signal"], progress, train_set)
 
             # 4. Update both players, or neither if a loss is not finite (in fp16, a scaler may
-            # skip one of them by itself); then ADA's p, from how often D was right.
+            # skip one of them by itself); then ADA's p, from how often D was right, and a teacher.
             finite = all(math.isfinite(value) for value in means.values())
             update(run, apply=finite)
             if run.ada is not None and finite:
                 run.ada.update(means["d_accuracy_real"], images_per_step(args))
+            if LOSSES[args.loss]["momentum"] and finite:
+                model.move_teacher(unwrap(run.mae), teacher_momentum(epoch, args))
 
             # 5. Count the step, and save where it is time for it.
             clock = book_step(progress, means, finite, clock, bar, args)
@@ -345,6 +351,102 @@ def pretrain(args, device):
                 save_checkpoint(Path(args.out) / "checkpoint.pt", run, progress, args)
     say(ending(stopping, progress, args))
     return stop["signal"]
+
+
+# ---- Siblings: rows whose network is another, and whose terms are their own ----------------------
+
+
+def feature_mae_terms(run, images, mask_noise, epoch, args):
+    """Features of a trained MAE, --teacher, are predicted where patches are hidden."""
+    with run.autocast():
+        features, target, mask = run.mae(images, args.mask_ratio, mask_noise)
+    return {"features": losses.masked_feature_mse(features, target, mask)}
+
+
+def boot_mae_terms(run, images, mask_noise, epoch, args):
+    """Pixels, and the features of the encoder's own moving average; dense holes count more.
+
+    The second term's weight grows to 1 over the first quarter of the epochs, as in BootMAE's code.
+    DIFFERS: the paper normalises target patches; here as in `mse`, off but for --norm-pix-loss.
+    """
+    with run.autocast():
+        image, features, target, mask = run.mae(images, args.mask_ratio, mask_noise)
+    density = losses.mask_density(mask)
+    pixel = losses.masked_mse(
+        image, images, mask, args.patch_size, args.norm_pix_loss, weight=density
+    )
+    features = losses.masked_feature_mse(features, target, mask, weight=density)
+    return {"pixel": pixel, "features": min(1, 4 * epoch / args.epochs) * features}
+
+
+def r_mae_terms(run, images, mask_noise, epoch, args):
+    """Both views paint the same, and the second, which sees the place, paints the image.
+
+    No gradient is stopped. DIFFERS: as in `boot_mae`, patches are not normalised by default.
+    """
+    with run.autocast():
+        first, second, counted = run.mae(images, args.mask_ratio, mask_noise)
+    patch, norm = args.patch_size, args.norm_pix_loss
+    return {
+        "agreement": losses.masked_mse(first, second, counted, patch),
+        "pixel": losses.masked_mse(second, images, counted, patch, norm),
+    }
+
+
+def c_mae_terms(run, views, mask_noise, epoch, args):
+    """Each view's features find the other's among those of all images, of all processes too."""
+    with run.autocast():
+        pairs = run.mae(views, args.mask_ratio, mask_noise)
+    found = [losses.info_nce(q, *targets_of_all(t), args.temperature) for q, t in pairs]
+    return {"contrast": sum(found) / len(found)}
+
+
+def byol_mae_terms(run, views, mask_noise, epoch, args):
+    """`c_mae` with BYOL's loss: features agree, and nothing pushes images apart."""
+    with run.autocast():
+        pairs = run.mae(views, args.mask_ratio, mask_noise)
+    return {"agreement": sum(losses.byol_loss(q, t) for q, t in pairs) / len(pairs)}
+
+
+SIBLING_TERMS = {
+    "feature_mae": feature_mae_terms,
+    "boot_mae": boot_mae_terms,
+    "r_mae": r_mae_terms,
+    "c_mae": c_mae_terms,
+    "byol_mae": byol_mae_terms,
+}
+
+
+def backward_sibling(run, images, mask_noise, epoch, share, args):
+    """`backward` of a sibling's batch: the gradient of the sum of its terms -> {name: scalar}.
+
+    images: (B, 3, H, W), or (B, 2, 3, H, W) for rows of two views, in [0, 1].
+    """
+    terms = SIBLING_TERMS[LOSSES[args.loss]["own"]](run, images, mask_noise, epoch, args)
+    run.scaler_g.scale(sum(terms.values()) * share).backward()
+    return {name: value.detach() for name, value in terms.items()}
+
+
+def targets_of_all(targets):
+    """Targets (B, n, C) of every process (W B, n, C), and which of them is this one's first.
+
+    In validation only this process's: its parts differ in length.
+    """
+    if not dist.is_initialized() or not torch.is_grad_enabled():
+        return targets, 0
+    parts = [torch.empty_like(targets) for _ in range(world_size())]
+    dist.all_gather(parts, targets.contiguous())
+    return torch.cat(parts), rank() * len(targets)
+
+
+def teacher_momentum(epoch, args):
+    """How much of itself a teacher keeps in each step of an epoch.
+
+    BootMAE's grows linearly over the first 100 epochs, C-MAE's is constant. DIFFERS: for ViT-B,
+    BootMAE's code goes on to .99999 at epoch 400.
+    """
+    first, last = LOSSES[args.loss]["momentum"]
+    return first + (last - first) * min(1, (epoch - 1) / 100)
 
 
 # ==================================================================================================
@@ -586,7 +688,7 @@ D_ADAM = {
 # A checkpoint continues only under the same values of these.
 MUST_FIT = (
     *("loss", "model", "arch", "image_size", "patch_size", "norm_pix_loss"),
-    *("d_channels", "d_max", "seed"),
+    *("d_channels", "d_max", "seed", "second", "grain", "symmetric"),
 )
 
 
@@ -602,11 +704,11 @@ def build_run(args, device):
     run = SimpleNamespace(device=device, dtype=dtype, script="train.py", must_fit=MUST_FIT)
     run.autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
     torch.manual_seed(args.seed)  # the same initial weights on every process
-    scales, disc = image_scales(args), None
+    disc = None
     with refusals():  # sizes that do not fit each other
-        mae = model.build_mae(args.model, args.image_size, args.patch_size, args.arch, scales)
+        mae = build_autoencoder(args)
         if recipe["adversary"]:
-            sizes = (args.image_size, scales, args.d_channels, args.d_max)
+            sizes = (args.image_size, image_scales(args), args.d_channels, args.d_max)
             disc = model.build_discriminator(recipe["adversary"], *sizes)
 
     mae = compiled(mae.to(device), args)
@@ -634,6 +736,28 @@ def build_run(args, device):
     return run
 
 
+def build_autoencoder(args):
+    """G, or a sibling's network, with random weights; but its --teacher's are read."""
+    sizes = (args.model, args.image_size, args.patch_size)
+    if args.arch not in model.SIBLINGS:
+        return model.build_mae(*sizes, args.arch, image_scales(args))
+    options = {}
+    if args.arch == "r_mae":
+        options = dict(second=args.second)
+    elif args.arch == "c_mae":
+        options = dict(grain=args.grain, symmetric=args.symmetric)
+    elif args.arch == "feature_mae":
+        options = dict(teacher=open_teacher(args))
+    return model.build_sibling(args.arch, *sizes, **options)
+
+
+def open_teacher(args):
+    """The encoder in --teacher; of a benchmark, a random one, which takes as long."""
+    if args.benchmark and args.teacher is None:
+        return model.build_encoder(args.model, args.image_size, args.patch_size)
+    return model.open_teacher(args.teacher, args.image_size, args.patch_size)
+
+
 def image_scales(args):
     """Scales of G: down to one pixel per patch for multi-scale losses and MSG-MAE, otherwise 1."""
     looks = args.arch == "msg_mae" or LOSSES[args.loss]["adversary"] in ("msg", "stylegan2")
@@ -656,6 +780,8 @@ def initialise(run, args):
     with refusals():
         weights, left_out = model.read_weights(args.init)
         taken = model.load_autoencoder(unwrap(run.mae), weights, args.init)
+    if LOSSES[args.loss]["momentum"]:
+        model.move_teacher(unwrap(run.mae), 0)  # it starts from the same weights
     say(f"--init {args.init}: took {taken}; left out: {', '.join(left_out) or 'none'}")
 
 
@@ -717,6 +843,7 @@ def build_data(args):
     train_source, val_source = open_data(args, args.image_size)
     patches = (args.image_size // args.patch_size) ** 2
     common = dict(image_size=args.image_size, num_patches=patches, seed=args.seed)
+    common |= {name: LOSSES[args.loss][name] for name in ("masks", "views")}
     train_set = data.PretrainSet(
         train_source,
         crop_min=args.crop_min,
@@ -833,7 +960,7 @@ def resume(run, path, layout, args):
         found = ", ".join(map(str, checkpoint)) or "nothing"
         fail(f"{path} is not {kind} (it holds {found:.60})")
     then, now = checkpoint["arguments"], vars(args)
-    differ = [k for k in run.must_fit if then.get(k) != now[k]]
+    differ = [k for k in run.must_fit if k in then and then[k] != now[k]]
     if differ:
         listed = ", ".join(
             f"--{k.replace('_', '-')} {then.get(k)!s:.60} (now {now[k]!s:.60})" for k in differ
@@ -1011,7 +1138,7 @@ def finish_epoch(run, progress, lr, validation_part, args):
     if args.norm_pix_loss:
         row["psnr_uses_true_patch_statistics"] = True
     write_row(row, args.out)
-    if epoch == last and row["psnr"] < row["psnr_mean_fill"]:
+    if epoch == last and row.get("psnr", 0) < row.get("psnr_mean_fill", 0):
         say(
             "Hidden patches were painted worse (psnr) than in their picture's mean colour "
             f"(psnr_mean_fill): try more than {progress['step']} steps, or another --lr than "
@@ -1021,7 +1148,8 @@ def finish_epoch(run, progress, lr, validation_part, args):
         picture = Path(args.out) / "pictures" / f"epoch_{epoch:04d}.png"
         with writing(picture):
             picture.parent.mkdir(exist_ok=True)
-            draw_reconstructions(picture, run, images[:8], mask_noise[:8], args)
+            if LOSSES[args.loss]["pixel"]:
+                draw_reconstructions(picture, run, images[:8], mask_noise[:8], args)
             data.draw_curves(picture.parent / "curves.png", Path(args.out) / "log.jsonl")
     next_epoch(progress)
 
@@ -1032,10 +1160,11 @@ def read_validation_part(dataset, rank, world):
     -> (images (n, 3, S, S) uint8, mask_noise (n, N), number of unreadable images everywhere).
     """
     size, unreadable = dataset.image_size, []
+    shape = (3, size, size) if dataset.views == 1 else (dataset.views, 3, size, size)
     samples = [dataset[0, i] for i in range(rank, len(dataset), world)]
     note_bad_images(dict(bad for sample in samples for bad in sample[3]), unreadable, dataset)
     if not samples:  # more processes than images
-        empty = torch.zeros(0, 3, size, size, dtype=torch.uint8)
+        empty = torch.zeros(0, *shape, dtype=torch.uint8)
         return empty, torch.zeros(0, dataset.num_patches), len(unreadable)
     return *data.collate(samples)[:2], len(unreadable)
 
@@ -1048,7 +1177,7 @@ def reconstruct(run, images, mask_noise, args):
     put back from the true image, so what is shown and measured is not a prediction of them.
     """
     with run.autocast():
-        outputs, mask = unwrap(run.mae).forward(images, args.mask_ratio, mask_noise)
+        outputs, mask = unwrap(run.mae).reconstruct(images, args.mask_ratio, mask_noise)
     reconstruction = outputs[0]
     if args.norm_pix_loss:
         true = losses.patchify(model.imagenet_normalize(images), args.patch_size)
@@ -1061,13 +1190,23 @@ def reconstruct(run, images, mask_noise, args):
 
 @torch.no_grad()
 def validate(run, images, mask_noise, args):
-    """`image_quality` of all processes' fixed images -> {name: mean over images}."""
-    totals = {"images": len(images)} | dict.fromkeys(losses.METRICS, 0)
+    """`image_quality` of all processes' fixed images -> {name: mean over images}.
+
+    Of a sibling that paints nothing: val_loss, the sum of its terms, mean over the batches' images.
+    """
+    paints = LOSSES[args.loss]["pixel"] is not None
+    totals = {"images": len(images)}
+    totals |= dict.fromkeys(losses.METRICS if paints else ["val_loss"], 0)
     for start in range(0, len(images), args.batch_size):
         batch = slice(start, start + args.batch_size)
-        real = data.to_float(images[batch].to(run.device))
-        fake, hidden = reconstruct(run, real, mask_noise[batch].to(run.device), args)
-        for name, value in losses.image_quality(fake, real, hidden)[0].items():
+        real, noise = data.to_float(images[batch].to(run.device)), mask_noise[batch].to(run.device)
+        if paints:
+            fake, hidden = reconstruct(run, real, noise, args)
+            values, _ = losses.image_quality(fake, real, hidden)
+        else:
+            terms = SIBLING_TERMS[LOSSES[args.loss]["own"]](run, real, noise, args.epochs, args)
+            values = {"val_loss": sum(terms.values()) * len(real)}
+        for name, value in values.items():
             totals[name] += value
     totals = sum_over_processes(totals, run.device)
     count = totals.pop("images")
@@ -1102,7 +1241,8 @@ def benchmark(args, device):
     recipe, run = LOSSES[args.loss], build_run(args, device)
     generator = torch.Generator().manual_seed(args.seed)
     size, B = args.image_size, args.batch_size
-    images = torch.randint(0, 256, (B, 3, size, size), generator=generator, dtype=torch.uint8)
+    shape = (B, 3, size, size) if recipe["views"] == 1 else (B, recipe["views"], 3, size, size)
+    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     mask_noise = torch.rand(B, unwrap(run.mae).side ** 2, generator=generator)
     progress, eq3_on = new_progress(), recipe["phi"] is not None
     set_rate(run.opt_g, args.lr)
@@ -1116,6 +1256,8 @@ def benchmark(args, device):
         batch = (images, mask_noise, torch.arange(B) + B * number)
         step_gradients(run, [batch] * args.accum, eq3_on, progress, args)
         update(run, apply=True)
+        if recipe["momentum"]:
+            model.move_teacher(unwrap(run.mae), teacher_momentum(1, args))
 
     seconds = time_steps(step, args.benchmark, places, device)
     counts = [sum(p.numel() for p in net.parameters()) for net in (run.mae, run.disc) if net]
@@ -1273,13 +1415,13 @@ def build_parser():
     add_flags(
         parser,
         "what to train",
-        ("--loss", (*LOSSES, "all"), "mse", "row of the paper's tables; all: with --benchmark"),
+        ("--loss", (*LOSSES, "all"), "mse", "row of the tables in README; all: with --benchmark"),
         ("--model", model.MAE_SIZES, "base", "paper: base, large"),
         ("--arch", ("auto", "mae", "msg_mae"), "auto", "auto: what the paper pairs with the loss"),
         ("--image-size", at_least(16), 224, "side in pixels"),
         ("--patch-size", at_least(2), 16, "pixels, a power of two"),
         ("--mask-ratio", POSITIVE, 0.75, "hidden part of the patches"),
-        ("--norm-pix-loss", bool, False, "normalise each target patch; mse only"),
+        ("--norm-pix-loss", bool, False, "normalise each target patch; mse, boot_mae, r_mae"),
         ("--init", str, None, "file to start from: ours, a published MAE, timm's, Hugging Face's"),
     )
     add_flags(
@@ -1315,6 +1457,15 @@ def build_parser():
         ),
         ("--dvae-weights", str, None, "OpenAI's encoder.pkl as published; for dvae_p"),
         ("--vgg-weights", str, None, "torchvision's vgg16; None = download; for vgg_p"),
+    )
+    add_flags(
+        parser,
+        "siblings (feature_mae, boot_mae, r_mae, c_mae, byol_mae)",
+        ("--teacher", str, None, "file of a trained MAE, ours or published; for feature_mae"),
+        ("--second", model.SECOND_VIEWS, "complement", "what r_mae's other view sees"),
+        ("--grain", model.GRAINS, "token", "what c_mae and byol_mae compare"),
+        ("--symmetric", bool, False, "compare in both directions; c_mae, byol_mae"),
+        ("--temperature", POSITIVE, 0.2, "of the softmax; c_mae"),
     )
     # PAPER SILENT: it contradicts itself on epochs of ViT-L (1600 or 1200), batch (16 or 32) and
     # Adam's second beta (.95 or .999), and does not say whether the learning rate scales with the
@@ -1383,7 +1534,11 @@ def parse_args(argv=None):
     if args.benchmark and args.ada_p is None:
         args.ada_p = 0.5  # see `benchmark`
     if args.norm_pix_loss and recipe["pixel"] != "mse":
-        fail(f"--norm-pix-loss is for --loss mse: {args.loss} compares whole images")
+        fail(f"--norm-pix-loss is for rows of masked MSE, such as mse: {args.loss} has none")
+    if recipe["own"] and args.arch != recipe["arch"]:
+        fail(f"--arch {args.arch} is not for --loss {args.loss}, whose network is its own")
+    if args.loss == "feature_mae" and not (args.teacher or args.benchmark):
+        fail("--loss feature_mae needs --teacher FILE, a trained MAE: runs/mse/checkpoint.pt, say")
     if args.loss == "ms_ssim" and args.image_size < 24:
         fail(f"--image-size {args.image_size} has no 4 scales for MS-SSIM; use 24 or more")
     patches = (args.image_size // args.patch_size) ** 2
@@ -1405,6 +1560,8 @@ def parse_args(argv=None):
 def explain_demo(out):
     """Say in words what the demo's last log row means, and what to look at."""
     row = data.read_log(out / "log.jsonl")[-1]
+    if "psnr" not in row:
+        return say("This row paints nothing. Next: python finetune.py --demo")
     gain, picture = row["psnr"] - row["psnr_mean_fill"], f"epoch_{row['epoch']:04d}.png"
     say(
         f"The autoencoder saw a quarter of each picture. Where it saw nothing, its painting has a "
