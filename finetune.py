@@ -884,15 +884,16 @@ def open_encoders(args, device):
     return encoders, first
 
 
-def block_features(encoder, images, ids_keep):
-    """Mean patch token after each block, before the encoder's last norm: (blocks, B, C) float32.
+def block_features(encoder, images, ids_keep, pool):
+    """CLS or mean patch token after each block, before the last norm: (blocks, B, C) float32.
 
-    images: (B, 3, H, W) in [0, 1]. ids_keep: (B, K), the patches to look at.
+    images: (B, 3, H, W) in [0, 1]. ids_keep: (B, K), the patches to look at. pool: "cls", "mean".
     """
+    tokens = slice(0, 1) if pool == "cls" else slice(1, None)
     levels, parts = range(1, len(encoder.blocks) + 1), []
     for some, ids in zip(images.split(32), ids_keep.split(32), strict=True):  # less memory
         _, outputs = encoder.encode(some, ids, levels)  # [(b, 1 + K, C)]
-        parts.append(torch.stack([tokens[:, 1:].float().mean(dim=1) for tokens in outputs]))
+        parts.append(torch.stack([x[:, tokens].float().mean(dim=1) for x in outputs]))
     return torch.cat(parts, dim=1)
 
 
@@ -902,9 +903,9 @@ def measure_cka(args, device):
     images, for each of RATIOS and each block: Figure 1 of Kong and Zhang, "Understanding Masked
     Image Modeling via Learning Occlusion Invariant Feature", CVPR 2023.
 
-    PAPER SILENT (theirs): tokens, batches, images. Ours: the mean of the patches that the encoder
-    sees; 256 images, --batch-size; the whole validation set. --seed fixes an image's masks; what a
-    low ratio hides, a higher one hides, too.
+    PAPER SILENT (theirs): tokens, batches, images. Ours: CLS or, with --pool mean, the mean of the
+    patches that the encoder sees; 256 images, --batch-size; the whole validation set. --seed fixes
+    an image's masks; what a low ratio hides, a higher one hides, too.
     """
     encoders, args = open_encoders(args, device)
     patches = (args.image_size // args.patch_size) ** 2
@@ -931,7 +932,7 @@ def measure_cka(args, device):
         for name, encoder in encoders.items():
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 seen = (model.random_masking(mask_noise, ratio)[0] for ratio in [0, *RATIOS])
-                whole, *masked = (block_features(encoder, images, ids) for ids in seen)
+                whole, *masked = (block_features(encoder, images, ids, args.pool) for ids in seen)
             sums[name] += torch.stack([losses.cka_sums(x, whole) for x in masked]).cpu()
     note_unread(found, unread, val_set)
     parts, counts = zip(*train.of_all_processes((sums, count)), strict=True)
@@ -939,7 +940,8 @@ def measure_cka(args, device):
     if not all(value.isfinite().all() for value in values.values()):
         fail(f"{sum(counts)} images in batches of {args.batch_size} are too few for CKA")
     about = {"data": args.data, "images": sum(counts), "unreadable": len(unread), "ratios": RATIOS}
-    about |= {k: getattr(args, k) for k in ("image_size", "patch_size", "batch_size", "seed")}
+    settings = ("image_size", "patch_size", "batch_size", "seed", "pool")
+    about |= {k: getattr(args, k) for k in settings}
     about["checkpoints"] = dict(zip(encoders, args.checkpoints, strict=True))
     if is_main():
         write_cka(Path(args.out), values, about)
@@ -1207,10 +1209,15 @@ def build_parser():
     train.add_flags(
         parser,
         "what to do",
-        ("--task", TASKS, "finetune", f"what is done; cka: --batch-size {CKA_BATCH} by default"),
+        ("--task", TASKS, "finetune", f"what is done (cka: --batch-size {CKA_BATCH} by default)"),
         ("--export", str, None, "file to write the checkpoint's weights to; no task"),
         ("--format", ("mae", "timm", "hf"), "mae", "whose names --export takes"),
-        ("--pool", ("cls", "mean"), "cls", "what a classifier sees: CLS, or the mean patch token"),
+        (
+            "--pool",
+            ("cls", "mean"),
+            "cls",
+            "what a classifier or CKA sees: CLS, or the mean patch token",
+        ),
         ("--model", model.MAE_SIZES, None, "None = the checkpoint's; base for none"),
         ("--image-size", train.at_least(16), None, "side in pixels; None = the checkpoint's"),
         ("--patch-size", train.at_least(2), None, "None = the checkpoint's; 16 for none"),

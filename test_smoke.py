@@ -2542,15 +2542,19 @@ def test_cka_compares_any_checkpoints_and_random_weights_block_by_block():
         images, noise, *_ = data.collate([dataset[0, i] for i in range(12)])
         visible = noise.argsort(dim=1)[:, :4]  # int(16 * .3)
         tokens = [encoder.encode(images / 255, ids, [3])[1][0] for ids in (visible, None)]
-        x, y = (t[:, 1:].mean(dim=1).detach().double() for t in tokens)
-        hsic = [
-            sum(
-                slow_hsic(a[n : n + 6] @ a[n : n + 6].T, b[n : n + 6] @ b[n : n + 6].T)
-                for n in (0, 6)
-            )
-            for a, b in ((x, y), (x, x), (y, y))
-        ]
-        close(values[6, 2], hsic[0] / (hsic[1] * hsic[2]) ** 0.5, 1e-4)
+        mean = [*given, "--pool", "mean", "--checkpoint", mse, "--out", root / "mean"]
+        assert tune(*mean)[0] == 0
+        of_means = torch.tensor(json.loads((root / "mean" / "cka.json").read_text())["cka"]["mse"])
+        for part, measured in ((slice(0, 1), values), (slice(1, None), of_means)):
+            x, y = (t[:, part].mean(dim=1).detach().double() for t in tokens)
+            hsic = [
+                sum(
+                    slow_hsic(a[n : n + 6] @ a[n : n + 6].T, b[n : n + 6] @ b[n : n + 6].T)
+                    for n in (0, 6)
+                )
+                for a, b in ((x, y), (x, x), (y, y))
+            ]
+            close(measured[6, 2], hsic[0] / (hsic[1] * hsic[2]) ** 0.5, 1e-4)
 
 
 def test_cka_sums_of_two_processes_are_those_of_their_parts_and_bad_images_are_left_out():
