@@ -46,7 +46,7 @@ CURVES = {  # charts of curves.png: {title: {entry of the log: label}}, one unit
     "adversarial term (eq. 5)": {"adversarial": ""},
     "feature term (eq. 3)": {"feature": ""},
     "teacher's features": {"features": ""},
-    "views agree": {"agreement": ""},
+    "disagreement of views": {"disagreement": ""},
     "contrast": {"contrast": ""},
     "loss of held-out images": {"val_loss": ""},
     "style term (eq. 3)": {"style": ""},
@@ -589,17 +589,18 @@ class PretrainSet(Dataset):
         jitter=0.4,  # strength of colour jitter; 0 = none
         limit=None,  # use only so many images, a seeded choice
         epoch_images=None,  # samples of an epoch; None = as many as there are images
-        masks="random",  # or "block": the noise hides rectangles first
+        blocks=0.0,  # part of the patches that rectangles hide before chance does
         views=1,  # 2: image is (2, 3, S, S), two colourings of one crop
     ):
-        self.masks, self.views = masks, views
+        self.blocks, self.views = blocks, views
         self.source, self.image_size, self.num_patches = source, image_size, num_patches
         self.epoch_images = epoch_images
         self.seed, self.augment, self.crop_min = seed, augment, crop_min
         self.flip = v2.RandomHorizontalFlip(0.5 if flip else 0.0)
         self.distort = v2.ColorJitter(jitter, jitter, jitter)
-        if views > 1:  # PAPER SILENT: C-MAE's colours; SimSiam's (Chen and He 2021)
-            strong = v2.ColorJitter(jitter, jitter, jitter, jitter / 4)
+        if views > 1 and jitter:  # PAPER: C-MAE, "follows SimSiam", at .4 (Chen and He 2021).
+            # PAPER SILENT: is its grey one of them? DIFFERS: before masking, not after.
+            strong = v2.ColorJitter(jitter, jitter, jitter, min(0.5, jitter / 4))
             self.distort = v2.Compose([v2.RandomApply([strong], 0.8), v2.RandomGrayscale(0.2)])
         self.centre = 1.0  # part of the shorter side that is kept where there is no augmentation
         count = min(limit or len(source), len(source))
@@ -647,7 +648,9 @@ class PretrainSet(Dataset):
     def companion(self, index):
         """What goes with an image: here the noise of its mask, (N,)."""
         noise = torch.rand(self.num_patches)
-        return noise + block_mask(math.isqrt(self.num_patches)) if self.masks == "block" else noise
+        if self.blocks:
+            noise += block_mask(math.isqrt(self.num_patches), self.blocks)
+        return noise
 
     def transform(self, image):
         """PIL image -> uint8 (3, S, S)."""
@@ -669,13 +672,13 @@ class PretrainSet(Dataset):
         return views[0] if self.views == 1 else torch.stack(views)
 
 
-def block_mask(side, hidden=120 / 196):
-    """BootMAE's mask: rectangles of patches until exactly a part of them is hidden -> (side^2,).
+def block_mask(side, hidden):
+    """BootMAE's mask, rectangles until a part of all patches is hidden: (side^2,), 1 = hidden.
 
     Areas are drawn from 16/196 to 60/196 of the image, less where less is left to hide, and aspect
-    ratios from .3 to 1/.3. MAE's random choice hides the rest of the 75 % (`random_masking`, to
-    which 1 = hidden is added as noise). Draws from torch's global generator.
-    DIFFERS: the authors' code then also shows up to three patches of the blocks.
+    ratios from .3 to 1/.3. Added to the noise of `random_masking`, they are hidden first, and
+    chance hides the rest. BootMAE's code: 120 of 196 in blocks, 147 in all. Draws from torch's
+    global generator. DIFFERS: that code then shows up to three patches of the blocks again.
     """
     total, low, high = (round(part * side**2) for part in (hidden, 16 / 196, 60 / 196))
     mask = torch.zeros(side, side)

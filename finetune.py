@@ -695,7 +695,10 @@ def load_inception(args, device):
 
 @torch.no_grad()
 def measure_reconstructions(args, device):
-    """Table 1 and Figures 2 and 3 of --checkpoint's autoencoders, on the whole validation set."""
+    """Table 1 and Figures 2 and 3 of --checkpoint's autoencoders, on the whole validation set.
+
+    The same random masks for all, also for `boot_mae`, whose log has the PSNR of masks in blocks.
+    """
     runs, args = open_autoencoders(args, device)
     out = Path(args.out)
     with train.writing(out):
@@ -1030,7 +1033,7 @@ def export(args):
                 f"{args.checkpoint} is not a checkpoint of train.py, whose weights --export writes"
             )
         count, rest = model.write_weights(args.export, checkpoint["mae"], args.format)
-    say(f"wrote {args.export}: {count} tensors; left out: {rest} of the decoder")
+    say(f"wrote {args.export}: {count} tensors; left out: {rest}, of decoder or teacher")
 
 
 # ---- Data ----------------------------------------------------------------------------------------

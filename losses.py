@@ -6,7 +6,8 @@ scalar, in float32 whatever the autocast.
 
 `LOSSES` is the one table from which `train.py --loss` chooses. In order: the pixel terms (MAE's
 masked MSE, eq. 1, eq. 2), the perceptual term (eq. 3), the adversarial pair (eq. 4 and 5), the
-regularisers, then metrics: of images, of sets of images, of detections, of class maps.
+regularisers, what siblings minimise, segmentation; then metrics: of images, of sets of images, of
+features, of detections, of class maps.
 """
 
 import math
@@ -29,15 +30,15 @@ from torch.nn import functional as F
 #   ada        adaptive augmentation of all that D sees (sec. 3.2)
 #   path       path-length regularisation of G (sec. 3.2)
 #   arch       the autoencoder that the paper pairs with the loss
-# The last five rows are siblings, MAE with one thing changed, from two other papers (model.py,
-# "Siblings"; train.py, "Siblings"):
-#   own        whose terms: a function of train.py's table SIBLING_TERMS; None = eq. 1 to 7
+# The last five rows are siblings, MAE with one thing changed, from two other papers; their terms
+# are train.py's SIBLING_TERMS, pixel is "mse" where they paint:
 #   masks      "random" patches, or "block" (see data.py, `block_mask`)
 #   views      how many colourings of each image
-#   momentum   of the teacher, a moving average of the network: (first, last) over `momentum_epochs`
+#   momentum   of the teacher, a moving average of the network (see train.py, `teacher_momentum`)
 ROW = dict(pixel="l1", phi=None, adversary=None, weight=1.0, ada=False, path=False, arch="mae")
-ROW |= dict(own=None, masks="random", views=1, momentum=None)
+ROW |= dict(masks="random", views=1, momentum=None)
 MSG = ROW | dict(adversary="msg", weight=0.1, arch="msg_mae")
+BLOCKS = ROW | dict(masks="block")
 CONTRAST = ROW | dict(pixel=None, arch="c_mae", views=2, momentum=(0.996, 0.996))
 LOSSES = {
     "mse": ROW | dict(pixel="mse"),
@@ -49,12 +50,11 @@ LOSSES = {
     "stylegan2_ada_p": MSG | dict(adversary="stylegan2", phi="disc", ada=True, path=True),
     "dvae_p": ROW | dict(phi="dvae"),
     "vgg_p": ROW | dict(phi="vgg"),
-    "feature_mae": ROW | dict(own="feature_mae", pixel=None, arch="feature_mae", masks="block"),
-    "boot_mae": ROW
-    | dict(own="boot_mae", pixel="mse", arch="boot_mae", masks="block", momentum=(0.999, 0.9999)),
-    "r_mae": ROW | dict(own="r_mae", pixel="mse", arch="r_mae"),
-    "c_mae": CONTRAST | dict(own="c_mae"),
-    "byol_mae": CONTRAST | dict(own="byol_mae"),
+    "feature_mae": BLOCKS | dict(pixel=None, arch="feature_mae"),
+    "boot_mae": BLOCKS | dict(pixel="mse", arch="boot_mae", momentum=(0.999, 0.9999)),
+    "r_mae": ROW | dict(pixel="mse", arch="r_mae"),
+    "c_mae": CONTRAST,
+    "byol_mae": CONTRAST,
 }
 
 # Pixel statistics of ImageNet, as in model.py: each file can be copied alone.
@@ -110,8 +110,7 @@ def masked_mse(reconstruction, images, mask, patch_size, norm_pix=False, weight=
     PAPER SILENT: whether `mse` has norm_pix, MAE's better variant; off unless --norm-pix-loss.
     reconstruction, images: (B, 3, H, W) in [0, 1]; both are ImageNet-normalised here, so that
     values compare with published ones. norm_pix: each target patch is normalised by its own mean
-    and deviation, and the reconstruction is what should match that. weight: of each patch, (B, N),
-    without making the mean one of more or fewer patches (`mask_density`).
+    and deviation, and the reconstruction is what should match that. weight: see `masked_mean`.
     """
     mean, std = per_channel(IMAGENET_MEAN, images), per_channel(IMAGENET_STD, images)
     prediction = patchify((reconstruction.float() - mean) / std, patch_size)
@@ -120,7 +119,14 @@ def masked_mse(reconstruction, images, mask, patch_size, norm_pix=False, weight=
         patch_mean, patch_std = patch_statistics(target)
         target = (target - patch_mean) / patch_std
     per_patch = (prediction - target).square().mean(dim=2)  # (B, N)
-    return (per_patch * mask * weight).sum() / mask.sum()  # visible patches give no gradient
+    return masked_mean(per_patch, mask, weight)
+
+
+def masked_mean(per_patch, mask, weight=1.0):
+    """Mean of per_patch (B, N) over the hidden patches, mask (B, N), 1 = hidden; the visible ones
+    give no gradient. weight: (B, N); the sum is divided by the patches' number, not by its sum.
+    """
+    return (per_patch * mask * weight).sum() / mask.sum()
 
 
 # ---- L1 (eq. 1) ----------------------------------------------------------------------------------
@@ -333,14 +339,15 @@ def path_length_penalty(lengths, mean):
     return (lengths / mean - 1).square().mean()
 
 
-# ---- Siblings: features and contrast -------------------------------------------------------------
+# ---- Siblings: features and contrast (PAPER SILENT: the sibling's paper) -------------------------
 
 
 def mask_density(mask):
     """BootMAE's weights (B, N), 1 to 2: 1 + the part of a patch's 3 x 3 neighbourhood, itself
     included, that is hidden. mask: (B, N), 1 = hidden. Beyond the image nothing is.
 
-    What lies deep inside a hidden block is hard to guess, and counts more than its rim.
+    What lies deep inside a hidden block is hard to guess, and counts more than its rim. PAPER
+    SILENT: "larger loss weight to the center region of each block"; the density is its code's.
     """
     side = math.isqrt(mask.shape[1])
     return 1 + F.avg_pool2d(mask.view(-1, 1, side, side), 3, stride=1, padding=1).flatten(1)
@@ -350,16 +357,16 @@ def masked_feature_mse(features, target, mask, weight=1.0):
     """Mean squared error of the hidden patches' features: (B, N, C) twice -> scalar.
 
     Both sides have each token's mean and deviation removed first (BootMAE's target and, in its
-    code, prediction), so that predicting nothing costs 1. mask, weight: see `masked_mse`.
+    code, prediction), so that predicting nothing costs 1. mask, weight: see `masked_mean`.
     """
-    sides = (F.layer_norm(x.float(), x.shape[2:], eps=1e-6) for x in (features, target.detach()))
-    prediction, target = sides
-    per_patch = (prediction - target).square().mean(dim=2)
-    return (per_patch * mask * weight).sum() / mask.sum()
+    features = F.layer_norm(features.float(), features.shape[2:], eps=1e-6)
+    target = F.layer_norm(target.detach().float(), target.shape[2:], eps=1e-6)
+    return masked_mean((features - target).square().mean(dim=2), mask, weight)
 
 
 def info_nce(queries, targets, first=0, temperature=0.2):
-    """-log softmax(s / temperature) of the right image, mean over images and places. C-MAE's.
+    """-log softmax(s / temperature) of the right image, mean over images and places. PAPER: C-MAE's
+    eq. 11.
 
     queries: (B, n, C); targets: (M, n, C), of which first + b is query b's. s: their cosine. A
     query is compared with what stands at its own place in all M images: of one image, positions

@@ -4,6 +4,7 @@ Implements the MAE of He et al. 2022 as the Perceptual MAE paper configures it (
 supplement's Table 1), its skip connections (sec. 3.3), the discriminators D of sec. 3.1 and 3.2,
 each of which is also the loss network phi, adaptive discriminator augmentation (sec. 3.2), and
 what fine-tuning puts on the encoder: classifier (sec. 4), detector, segmenter (supplement A.2).
+Between the two stand siblings, MAE with one thing changed, from other papers.
 
 Self-contained: needs only torch. Every network takes images as float (B, 3, H, W) in [0, 1]
 and normalises them on its own first line; reconstructions come back in the same units. Parameter
@@ -1011,7 +1012,7 @@ class AdaAugment:
 #
 # Not of the Perceptual MAE paper. BootMAE and the regression of features: Dong et al. 2022; R-MAE
 # and C-MAE: Kong and Zhang 2023. A forward pass takes what MAE's takes, and returns what the loss
-# compares (train.py, "Siblings"). PAPER SILENT and DIFFERS mean the sibling's paper here.
+# compares (train.py, "Siblings"). PAPER, PAPER SILENT and DIFFERS mean the sibling's paper here.
 
 
 def frozen(network):
@@ -1056,7 +1057,11 @@ class FeatureMAE(MAE):
 
 
 class CrossAttention(nn.Module):
-    """Attention of x (B, N, C) to a context (B, M, D): softmax(q k^T / sqrt(C / heads)) v."""
+    """Attention of x (B, N, C) to a context (B, M, D): softmax(q k^T / sqrt(C / heads)) v.
+
+    PAPER: BootMAE's supplement, eq. 1 and 2. DIFFERS, as its code does: heads, an output
+    projection, keys from the encoder's width; and hidden patches ask, too, not the visible alone.
+    """
 
     def __init__(self, width, heads, context_width):
         super().__init__()
@@ -1072,7 +1077,10 @@ class CrossAttention(nn.Module):
 
 
 class CrossBlock(Block):
-    """`Block` that looks at a context between attention and MLP. (B, N, C), (B, M, D) -> first."""
+    """`Block` that looks at a context between attention and MLP. (B, N, C), (B, M, D) -> first.
+
+    PAPER SILENT: the order; that of BootMAE's code, and its norms.
+    """
 
     def __init__(self, width, heads, context_width):
         super().__init__(width, heads)
@@ -1127,21 +1135,28 @@ class BootMAE(ViT):
         """-> (image (B, 3, H, W), features (B, N, C), the teacher's (B, N, C), mask (B, N))."""
         ids_keep, ids_restore, mask = random_masking(mask_noise, mask_ratio)
         tokens, [low, high] = self.encode(images, ids_keep, [1, len(self.blocks)])
-        image = unpatchify(self.regressor(tokens, ids_restore, low), self.patch_size)
-        image, features = imagenet_denormalize(image), self.predictor(tokens, ids_restore, high)
+        image = self.paint(tokens, ids_restore, low)
+        features = self.predictor(tokens, ids_restore, high)
         return image, features, feature_target(self.teacher, images), mask
+
+    def paint(self, tokens, ids_restore, low):
+        """Encoder tokens and its first block's (B, 1 + K, C) -> image (B, 3, H, W)."""
+        patches = self.regressor(tokens, ids_restore, low)
+        return imagenet_denormalize(unpatchify(patches, self.patch_size))
 
     def reconstruct(self, images, mask_ratio, mask_noise):
         """As `MAE.reconstruct`."""
-        image, _, _, mask = self(images, mask_ratio, mask_noise)
-        return [image], mask
+        ids_keep, ids_restore, mask = random_masking(mask_noise, mask_ratio)
+        tokens, [low] = self.encode(images, ids_keep, [1])
+        return [self.paint(tokens, ids_restore, low)], mask
 
 
 class RMAE(MAE):
     """MAE that has to paint the same from two views of an image, one of which sees what the other
     does not: occlusion must not matter. second: what the other view sees; "complement": all that
     is hidden from the first; "independent" (R-MAE with a dagger): a choice of its own, as much as
-    that; "whole" (double dagger): everything.
+    that; "whole" (double dagger): everything. PAPER: R-MAE, eq. 6 and 8. PAPER SILENT: for the
+    daggers, which patches count; those that the second view alone sees.
     """
 
     def __init__(self, *, second="complement", **sizes):
@@ -1158,8 +1173,8 @@ class RMAE(MAE):
         # Places in the order "visible first", as `random_masking` makes it, of the second view.
         if self.second == "complement":  # the order starts where the first view's sight ends
             places, seen = (ids_restore - K) % N, N - K
-        elif self.second == "independent":  # mirrored noise is independent of that at any patch
-            places, seen = mask_noise.flip(1).argsort(dim=1).argsort(dim=1), N - K
+        elif self.second == "independent":  # the noise's last bits know nothing of the first ones
+            places, seen = (4096 * mask_noise % 1).argsort(dim=1).argsort(dim=1), N - K
         else:
             places, seen = ids_restore, N
         keep = places.argsort(dim=1)[:, :seen]
@@ -1203,16 +1218,14 @@ class CMAE(ContrastBranch):
     exactly the rest of it, and that better than any other image's. It asks whether MAE is at heart
     a contrast of occluded views. The second view goes through a moving average of the network.
 
-    PAPER SILENT: one direction, or both (symmetric)?
+    PAPER: C-MAE, eq. 9 to 11, in one direction. PAPER SILENT: both, as in MoCo v3, which it
+    follows, but for that paper's factor; symmetric takes their mean.
     """
 
-    def __init__(self, *, grain="token", symmetric=False, width, depth, heads, **sizes):
-        sizes = dict(width=width, depth=depth, heads=heads) | {
-            name: sizes[name]
-            for name in ("image_size", "patch_size")  # there is no decoder
-        }
+    def __init__(self, *, grain="token", symmetric=False, **sizes):
+        sizes = {k: v for k, v in sizes.items() if not k.startswith("decoder")}  # there is none
         super().__init__(grain=grain, **sizes)
-        self.symmetric, self.predictor = symmetric, two_layers(width)
+        self.symmetric, self.predictor = symmetric, two_layers(sizes["width"])
         self.teacher = frozen(ContrastBranch(grain=grain, **sizes))
         move_teacher(self, 0)
 
@@ -1246,7 +1259,7 @@ def build_sibling(arch, size, image_size, patch_size, **options):
 def open_teacher(path, image_size, patch_size):
     """The encoder in a file of ViT-MAE weights, for images of `image_size`; ValueError if none."""
     weights, _ = read_weights(path)
-    sizes = published_sizes(weights, path)
+    sizes = published_sizes(weights, path, remedy="take another teacher")
     if sizes["patch_size"] != patch_size:
         raise ValueError(
             f"{path} has patches of {sizes['patch_size']} px, this run {patch_size}: features of "
@@ -1949,11 +1962,12 @@ def load_autoencoder(mae, weights, path):
     """Give an autoencoder another's encoder, and decoder where there is one -> what was taken.
 
     weights: {our name: tensor}. All of the encoder must be there, and all of the decoder or
-    nothing of it; the skips and scales of MSG-MAE may be missing, and siblings with a teacher take
-    the encoder alone. Positions are resized.
+    nothing of it; the skips and scales of MSG-MAE may be missing. Positions are resized. To or from
+    a sibling with a teacher: the encoder alone.
     """
-    expected, pupil = mae.state_dict(), hasattr(mae, "teacher")
-    decoder = {k: v for k, v in weights.items() if k.startswith(DECODER) and not pupil}
+    expected = mae.state_dict()
+    siblings = hasattr(mae, "teacher") or any(k.startswith(SIBLINGS_OWN) for k in weights)
+    decoder = {k: v for k, v in weights.items() if k.startswith(DECODER) and not siblings}
     if "decoder_pos_embed" in decoder:  # fixed
         decoder["decoder_pos_embed"] = expected["decoder_pos_embed"]
     encoder = encoder_weights(weights, mae.side, path)
@@ -2023,10 +2037,10 @@ def misfits(network, weights, most=None):
     return "; ".join(listed)
 
 
-def published_sizes(weights, path, model=None):
+def published_sizes(weights, path, model=None, remedy="--model names the one it should be"):
     """Model, image and patch size of an encoder, from the shapes of its weights -> dict.
 
-    model: what to take it for if its width and depth are none of MAE_SIZES.
+    model: what to take it for if its width and depth are none of MAE_SIZES; remedy: else.
     """
     dimensions = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
     missing = [k for k, n in dimensions.items() if getattr(weights.get(k), "ndim", None) != n]
@@ -2042,7 +2056,7 @@ def published_sizes(weights, path, model=None):
     if model is None:
         raise ValueError(
             f"{path} is {width} wide with {depth} blocks, which is none of "
-            f"{', '.join(MAE_SIZES)}; --model names the one it should be"
+            f"{', '.join(MAE_SIZES)}; {remedy}"
         )
     side = math.isqrt(weights["pos_embed"].shape[1] - 1)
     return dict(model=model, image_size=side * patch_size, patch_size=patch_size)

@@ -39,7 +39,7 @@ import model
 import train
 from model import AdaAugment, MSGDiscriminator, StyleGAN2Discriminator
 
-SIBLINGS = [loss for loss, row in losses.LOSSES.items() if row["own"]]
+SIBLINGS = list(train.SIBLING_TERMS)
 ROWS = [(loss, "auto") for loss in losses.LOSSES if loss not in SIBLINGS]  # and the ablations
 ROWS += [("msg_gan_p", "mae"), ("stylegan2_ada_p", "mae"), ("mse", "msg_mae")]
 EVERY_ROW = [*ROWS, *((loss, "auto") for loss in SIBLINGS)]
@@ -2932,7 +2932,7 @@ def patch_of(images, n, side=4, p=8):
 def test_block_masks_hide_as_many_patches_as_they_should_in_rectangles():
     torch.manual_seed(0)
     for side, wanted in ((14, 120), (8, 39), (4, 10)):
-        masks = torch.stack([data.block_mask(side) for _ in range(300)])
+        masks = torch.stack([data.block_mask(side, 120 / 196) for _ in range(300)])
         assert masks.shape == (300, side**2) and set(masks.unique().tolist()) == {0, 1}
         assert (masks.sum(dim=1) == wanted).all(), side
         grid = masks.view(-1, side, side)
@@ -2942,7 +2942,7 @@ def test_block_masks_hide_as_many_patches_as_they_should_in_rectangles():
         coverage = grid.mean(dim=0)  # anywhere, but corners, which few rectangles reach, less often
         assert coverage.min() > 0.05 and coverage[0, 0] < coverage[side // 2, side // 2]
         close(coverage, coverage.T, 0.2)  # upright rectangles as often as flat ones
-    common = dict(image_size=32, num_patches=196, seed=0, masks="block")
+    common = dict(image_size=32, num_patches=196, seed=0, blocks=120 / 196)
     dataset = data.PretrainSet(data.Shapes("train", 32), **common)
     noise = dataset[1, 0][1]
     assert torch.equal(noise, dataset[1, 0][1]) and (noise >= 1).sum() == 120
@@ -3050,20 +3050,22 @@ def test_r_mae_sees_the_halves_that_it_should_and_compares_what_it_should():
             mine, theirs, true = (patch_of(x[b], n) for x in (first, other, images))
             agreement += (mine - theirs).square().mean() / len(places)
             pixel += (theirs - true).square().mean() / len(places)
-        close(terms["agreement"], agreement.detach(), 1e-5)
+        close(terms["disagreement"], agreement.detach(), 1e-5)
         close(terms["pixel"], pixel.detach(), 1e-5)
 
 
 def test_independent_views_hide_independently_at_every_patch():
     torch.manual_seed(0)
-    mae = model.build_sibling("r_mae", "nano", 16, 4, second="independent")
-    both = torch.zeros(16)
+    mae = model.build_sibling("r_mae", "nano", 20, 4, second="independent")
     mae.decode = lambda inputs: inputs  # only the masks matter here
     mae.decoder_inputs = lambda *_: [None]
-    noise = torch.rand(20000, 16)
-    counted = mae(None, 0.75, noise)[2]
-    both = counted.mean(dim=0)  # hidden from the first, visible to the second: .75 * .75
-    close(both, torch.full((16,), 0.5625), 0.02)
+    noise = torch.rand(20000, 25)  # 6 of 25 visible to the first, 19 to the second
+    hidden, counted = model.random_masking(noise, 0.75)[2], mae(None, 0.75, noise)[2]
+    close(counted.mean(dim=0), torch.full((25,), 0.76 * 0.76), 0.02)
+    # One view's hidden patch tells nothing of the other's sight anywhere.
+    seen = torch.where(hidden > 0, counted, 0.76)  # known where the first is blind
+    joint = (hidden - hidden.mean(dim=0)).T @ (seen - seen.mean(dim=0)) / len(noise)
+    assert joint.abs().max() < 0.02, joint.abs().max()
 
 
 def test_contrast_has_its_hand_value_and_chance_is_the_logarithm_of_the_batch():
@@ -3120,7 +3122,7 @@ def test_c_mae_compares_complementary_views_at_the_same_place():
             other = views[:, 1 - direction].detach()
             expected = run.mae.embed(other, hidden if direction else 1 - hidden)
             close(targets, expected.detach(), 1e-6)
-        name = "contrast" if loss == "c_mae" else "agreement"
+        name = "contrast" if loss == "c_mae" else "disagreement"
         compare = losses.info_nce if loss == "c_mae" else losses.byol_loss
         close(terms[name], sum(compare(q, t) for q, t in pairs).detach() / len(pairs), 1e-5)
 
@@ -3188,11 +3190,21 @@ def test_siblings_run_from_their_name_and_their_encoders_are_measured():
                     train.initialise(run, args)
                 assert torch.equal(run.mae.teacher.cls_token, encoder["cls_token"])
                 assert torch.equal(run.mae.cls_token, encoder["cls_token"])
+            run, args = tiny_run("--loss", "mse", "--init", str(out / "checkpoint.pt"))
+            with contextlib.redirect_stdout(io.StringIO()):
+                train.initialise(run, args)
+            assert torch.equal(run.mae.norm.weight, encoder["norm.weight"])
+            decoder = torch.equal(run.mae.mask_token, encoder.get("mask_token", torch.zeros(0)))
+            assert decoder == (loss == "r_mae")
         refused(*FAST, "--loss", "feature_mae", names=["--teacher FILE"])
         refused(*FAST, "--loss", "r_mae", "--arch", "msg_mae", names=["--arch msg_mae"])
         flags = [*FAST, "--loss", "feature_mae", "--teacher"]
         refused(*flags, root / "none.pt", names=["none.pt"])
         refused(*flags, root / "r_mae" / "checkpoint.pt", "--patch-size", 4, names=["8 px", "4"])
+        refused(*FAST, "--loss", "c_mae", "--batch-size", 1, names=["--batch-size 1", "c_mae"])
+        other = [*FAST, "--loss", "feature_mae", "--teacher", root / "r_mae" / "checkpoint.pt"]
+        other += ["--limit-images", 8, "--out", root / "feature_mae"]
+        refused(*other, names=["--teacher", "mae.pth (now"])
         r_mae = [*FAST, "--loss", "r_mae", "--out", root / "r_mae", "--second", "whole"]
         refused(*r_mae, "--limit-images", 8, names=["--second complement (now whole)"])
 

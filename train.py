@@ -236,15 +236,15 @@ def step_gradients(run, batches, eq3_on, progress, args):
     for number, (images, mask_noise, seeds, *_) in enumerate(batches, start=1):
         images = data.to_float(images.to(run.device, non_blocking=True))  # (B, 3, H, W) in [0, 1]
         batch = images, mask_noise.to(run.device, non_blocking=True), seeds
-        terms, own = {}, LOSSES[args.loss]["own"]
+        terms = {}
         if LOSSES[args.loss]["path"] or args.r1_gamma:
             terms = regularise(run, *batch, share, progress, args)
         # Processes exchange gradients during the last backward pass of a step alone.
         with exchange(number == len(batches), run.mae, run.disc):
-            if own is None:
-                terms |= backward(run, *batch, eq3_on=eq3_on, share=share, args=args)
-            else:
+            if args.loss in SIBLING_TERMS:
                 terms |= backward_sibling(run, *batch[:2], progress["epoch"], share, args)
+            else:
+                terms |= backward(run, *batch, eq3_on=eq3_on, share=share, args=args)
         for name, value in terms.items():
             totals[name] = totals.get(name, 0) + value * share
     return totals
@@ -354,10 +354,15 @@ def pretrain(args, device):
 
 
 # ---- Siblings: rows whose network is another, and whose terms are their own ----------------------
+#
+# PAPER, PAPER SILENT and DIFFERS mean the sibling's paper here (see model.py, "Siblings").
 
 
 def feature_mae_terms(run, images, mask_noise, epoch, args):
-    """Features of a trained MAE, --teacher, are predicted where patches are hidden."""
+    """Features of a trained MAE, --teacher, are predicted where patches are hidden.
+
+    PAPER SILENT: the loss; BootMAE's, every hidden patch the same.
+    """
     with run.autocast():
         features, target, mask = run.mae(images, args.mask_ratio, mask_noise)
     return {"features": losses.masked_feature_mse(features, target, mask)}
@@ -366,8 +371,8 @@ def feature_mae_terms(run, images, mask_noise, epoch, args):
 def boot_mae_terms(run, images, mask_noise, epoch, args):
     """Pixels, and the features of the encoder's own moving average; dense holes count more.
 
-    The second term's weight grows to 1 over the first quarter of the epochs, as in BootMAE's code.
-    DIFFERS: the paper normalises target patches; here as in `mse`, off but for --norm-pix-loss.
+    PAPER SILENT: the second term's weight, which grows to 1 over the first quarter of the epochs,
+    and targets; its code normalises each patch and channel, here as in `mse`: --norm-pix-loss.
     """
     with run.autocast():
         image, features, target, mask = run.mae(images, args.mask_ratio, mask_noise)
@@ -376,25 +381,29 @@ def boot_mae_terms(run, images, mask_noise, epoch, args):
         image, images, mask, args.patch_size, args.norm_pix_loss, weight=density
     )
     features = losses.masked_feature_mse(features, target, mask, weight=density)
-    return {"pixel": pixel, "features": min(1, 4 * epoch / args.epochs) * features}
+    ramp = min(1, 4 * epoch / args.epochs)
+    return {"pixel": args.pixel_weight * pixel, "features": ramp * features}
 
 
 def r_mae_terms(run, images, mask_noise, epoch, args):
     """Both views paint the same, and the second, which sees the place, paints the image.
 
-    No gradient is stopped. DIFFERS: as in `boot_mae`, patches are not normalised by default.
+    PAPER: R-MAE, eq. 8, lambda = --pixel-weight. PAPER SILENT: does a gradient stop? No. DIFFERS:
+    its patches are normalised; here as in `mse`: --norm-pix-loss.
     """
     with run.autocast():
         first, second, counted = run.mae(images, args.mask_ratio, mask_noise)
     patch, norm = args.patch_size, args.norm_pix_loss
     return {
-        "agreement": losses.masked_mse(first, second, counted, patch),
-        "pixel": losses.masked_mse(second, images, counted, patch, norm),
+        "disagreement": losses.masked_mse(first, second, counted, patch),
+        "pixel": args.pixel_weight * losses.masked_mse(second, images, counted, patch, norm),
     }
 
 
 def c_mae_terms(run, views, mask_noise, epoch, args):
-    """Each view's features find the other's among those of all images, of all processes too."""
+    """Each view's features find the other's among those of all images of a forward pass, of all
+    processes: --accum adds none. PAPER: C-MAE, eq. 11.
+    """
     with run.autocast():
         pairs = run.mae(views, args.mask_ratio, mask_noise)
     found = [losses.info_nce(q, *targets_of_all(t), args.temperature) for q, t in pairs]
@@ -405,7 +414,7 @@ def byol_mae_terms(run, views, mask_noise, epoch, args):
     """`c_mae` with BYOL's loss: features agree, and nothing pushes images apart."""
     with run.autocast():
         pairs = run.mae(views, args.mask_ratio, mask_noise)
-    return {"agreement": sum(losses.byol_loss(q, t) for q, t in pairs) / len(pairs)}
+    return {"disagreement": sum(losses.byol_loss(q, t) for q, t in pairs) / len(pairs)}
 
 
 SIBLING_TERMS = {
@@ -422,7 +431,7 @@ def backward_sibling(run, images, mask_noise, epoch, share, args):
 
     images: (B, 3, H, W), or (B, 2, 3, H, W) for rows of two views, in [0, 1].
     """
-    terms = SIBLING_TERMS[LOSSES[args.loss]["own"]](run, images, mask_noise, epoch, args)
+    terms = SIBLING_TERMS[args.loss](run, images, mask_noise, epoch, args)
     run.scaler_g.scale(sum(terms.values()) * share).backward()
     return {name: value.detach() for name, value in terms.items()}
 
@@ -443,7 +452,7 @@ def teacher_momentum(epoch, args):
     """How much of itself a teacher keeps in each step of an epoch.
 
     BootMAE's grows linearly over the first 100 epochs, C-MAE's is constant. DIFFERS: for ViT-B,
-    BootMAE's code goes on to .99999 at epoch 400.
+    BootMAE's goes on to .99999 at epoch 400.
     """
     first, last = LOSSES[args.loss]["momentum"]
     return first + (last - first) * min(1, (epoch - 1) / 100)
@@ -688,7 +697,7 @@ D_ADAM = {
 # A checkpoint continues only under the same values of these.
 MUST_FIT = (
     *("loss", "model", "arch", "image_size", "patch_size", "norm_pix_loss"),
-    *("d_channels", "d_max", "seed", "second", "grain", "symmetric"),
+    *("d_channels", "d_max", "seed", "teacher", "second", "grain", "symmetric"),
 )
 
 
@@ -843,7 +852,9 @@ def build_data(args):
     train_source, val_source = open_data(args, args.image_size)
     patches = (args.image_size // args.patch_size) ** 2
     common = dict(image_size=args.image_size, num_patches=patches, seed=args.seed)
-    common |= {name: LOSSES[args.loss][name] for name in ("masks", "views")}
+    common["views"] = LOSSES[args.loss]["views"]
+    if LOSSES[args.loss]["masks"] == "block":
+        common["blocks"] = args.mask_ratio * 120 / 147
     train_set = data.PretrainSet(
         train_source,
         crop_min=args.crop_min,
@@ -1192,7 +1203,8 @@ def reconstruct(run, images, mask_noise, args):
 def validate(run, images, mask_noise, args):
     """`image_quality` of all processes' fixed images -> {name: mean over images}.
 
-    Of a sibling that paints nothing: val_loss, the sum of its terms, mean over the batches' images.
+    Of a sibling that paints nothing: val_loss, the sum of its terms, mean over batches. Contrast
+    is within a batch of one process: compare it at equal --batch-size and processes alone.
     """
     paints = LOSSES[args.loss]["pixel"] is not None
     totals = {"images": len(images)}
@@ -1204,7 +1216,7 @@ def validate(run, images, mask_noise, args):
             fake, hidden = reconstruct(run, real, noise, args)
             values, _ = losses.image_quality(fake, real, hidden)
         else:
-            terms = SIBLING_TERMS[LOSSES[args.loss]["own"]](run, real, noise, args.epochs, args)
+            terms = SIBLING_TERMS[args.loss](run, real, noise, args.epochs, args)
             values = {"val_loss": sum(terms.values()) * len(real)}
         for name, value in values.items():
             totals[name] += value
@@ -1260,7 +1272,11 @@ def benchmark(args, device):
             model.move_teacher(unwrap(run.mae), teacher_momentum(1, args))
 
     seconds = time_steps(step, args.benchmark, places, device)
-    counts = [sum(p.numel() for p in net.parameters()) for net in (run.mae, run.disc) if net]
+    counts = [
+        sum(p.numel() for p in net.parameters() if p.requires_grad)  # teachers are not trained
+        for net in (run.mae, run.disc)
+        if net
+    ]
     row = benchmark_row(run, seconds, args, loss=args.loss)
     row |= {"parameters_g": counts[0], "parameters_d": counts[1] if run.disc else 0}
     say(json.dumps(row))
@@ -1306,11 +1322,15 @@ def benchmark_row(run, seconds, args, **first):
 
 
 def benchmark_all(argv):
-    """`--benchmark --loss all`: the paper's Table 4, a process for each row of LOSSES -> status."""
+    """`--benchmark --loss all`: the paper's Table 4, a process for each row of LOSSES -> status.
+
+    Siblings take part, with their own --arch.
+    """
     say("loss             relative time  seconds/step  images/s  peak MiB  parameters G, D")
     base = None
     for loss in LOSSES:
         command = [sys.executable, __file__, *argv, "--loss", loss]
+        command += ["--arch", "auto"] if loss in SIBLING_TERMS else []
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             return done.returncode
@@ -1535,10 +1555,12 @@ def parse_args(argv=None):
         args.ada_p = 0.5  # see `benchmark`
     if args.norm_pix_loss and recipe["pixel"] != "mse":
         fail(f"--norm-pix-loss is for rows of masked MSE, such as mse: {args.loss} has none")
-    if recipe["own"] and args.arch != recipe["arch"]:
+    if args.loss in SIBLING_TERMS and args.arch != recipe["arch"]:
         fail(f"--arch {args.arch} is not for --loss {args.loss}, whose network is its own")
     if args.loss == "feature_mae" and not (args.teacher or args.benchmark):
         fail("--loss feature_mae needs --teacher FILE, a trained MAE: runs/mse/checkpoint.pt, say")
+    if args.loss == "c_mae" and images_per_step(args) // args.accum < 2:
+        fail("--batch-size 1 leaves c_mae nothing to compare an image with; give 2 or more")
     if args.loss == "ms_ssim" and args.image_size < 24:
         fail(f"--image-size {args.image_size} has no 4 scales for MS-SSIM; use 24 or more")
     patches = (args.image_size // args.patch_size) ** 2
