@@ -1015,11 +1015,6 @@ class AdaAugment:
 # compares (train.py, "Siblings"). PAPER, PAPER SILENT and DIFFERS mean the sibling's paper here.
 
 
-def frozen(network):
-    """The network, whose parameters no optimiser moves."""
-    return network.requires_grad_(False)
-
-
 @torch.no_grad()
 def move_teacher(network, momentum):
     """network.teacher <- momentum teacher + (1 - momentum) network; momentum 0 copies.
@@ -1046,7 +1041,7 @@ class FeatureMAE(MAE):
     def __init__(self, *, teacher, decoder_width, **sizes):
         super().__init__(decoder_width=decoder_width, **sizes)
         self.decoder_pred = linear(decoder_width, teacher.cls_token.shape[2])
-        self.teacher = frozen(teacher)
+        self.teacher = teacher.requires_grad_(False)
 
     def forward(self, images, mask_ratio, mask_noise):
         """-> (predicted features (B, N, D), the teacher's, mask (B, N))."""
@@ -1128,7 +1123,7 @@ class BootMAE(ViT):
         C, p = sizes["width"], self.patch_size
         self.regressor = CrossDecoder(self, decoder_width, decoder_heads, 3 * p * p)
         self.predictor = CrossDecoder(self, C, heads, C)
-        self.teacher = frozen(ViT(heads=heads, **sizes))
+        self.teacher = ViT(heads=heads, **sizes).requires_grad_(False)
         move_teacher(self, 0)
 
     def forward(self, images, mask_ratio, mask_noise):
@@ -1183,6 +1178,12 @@ class RMAE(MAE):
         return first, second, mask * (places < seen)
 
 
+def two_layers(width):
+    """C-MAE's projector and predictor: (..., C) -> same; hidden width 2048 for ViT-B's 768."""
+    hidden = width * 8 // 3
+    return nn.Sequential(linear(width, hidden), nn.GELU(), linear(hidden, width))
+
+
 class ContrastBranch(ViT):
     """f and p of C-MAE: an encoder that takes mask tokens, and a projector.
 
@@ -1207,12 +1208,6 @@ class ContrastBranch(ViT):
         return self.projector(x.mean(dim=1, keepdim=True) if self.grain == "mean" else x)
 
 
-def two_layers(width):
-    """C-MAE's projector and predictor: (..., C) -> same; hidden width 2048 for ViT-B's 768."""
-    hidden = width * 8 // 3
-    return nn.Sequential(linear(width, hidden), nn.GELU(), linear(hidden, width))
-
-
 class CMAE(ContrastBranch):
     """No decoder: features of one view of an image must predict those of the other, which sees
     exactly the rest of it, and that better than any other image's. It asks whether MAE is at heart
@@ -1226,7 +1221,7 @@ class CMAE(ContrastBranch):
         sizes = {k: v for k, v in sizes.items() if not k.startswith("decoder")}  # there is none
         super().__init__(grain=grain, **sizes)
         self.symmetric, self.predictor = symmetric, two_layers(sizes["width"])
-        self.teacher = frozen(ContrastBranch(grain=grain, **sizes))
+        self.teacher = ContrastBranch(grain=grain, **sizes).requires_grad_(False)
         move_teacher(self, 0)
 
     def forward(self, views, mask_ratio, mask_noise):
