@@ -3315,7 +3315,7 @@ def test_files_of_other_weights_are_refused_by_the_names_that_differ():
         odd = root / "odd.pt"
         given = [*RECONSTRUCT, "--checkpoint", root / "checkpoint.pt", "--inception-weights", odd]
         tune_refused(*given, names=["odd.pt", "fc.bias has shape ()"])
-        dvae, vgg = (flag.split("=")[1] for flag in loss_network_flags())
+        dvae, vgg, _ = (flag.split("=")[1] for flag in loss_network_flags())
         for loss, kind, other, misfit in (
             ("dvae_p", "dVAE", vgg, "blocks.input.w"),
             ("vgg_p", "VGG-16", dvae, "features.0"),
