@@ -560,6 +560,12 @@ def open_sources(data, *, image_size, seed):
 # ---- Samples and batches -------------------------------------------------------------------------
 
 
+def sample_shape(image_size, views=1):
+    """Of one image, or of the views of one image."""
+    one = (3, image_size, image_size)
+    return one if views == 1 else (views, *one)
+
+
 class PretrainSet(Dataset):
     """Samples for pre-training: `set[(epoch, index)]` is (image, mask_noise, seed, bad).
 
@@ -592,7 +598,7 @@ class PretrainSet(Dataset):
         blocks=0.0,  # part of the patches that rectangles hide before chance does
         views=1,  # 2: image is (2, 3, S, S), two colourings of one crop
     ):
-        self.blocks, self.views = blocks, views
+        self.blocks, self.views, self.shape = blocks, views, sample_shape(image_size, views)
         self.source, self.image_size, self.num_patches = source, image_size, num_patches
         self.epoch_images = epoch_images
         self.seed, self.augment, self.crop_min = seed, augment, crop_min
@@ -634,9 +640,7 @@ class PretrainSet(Dataset):
             except Exception as error:  # decoders raise anything; the run reports and counts it
                 bad.append((index, f"{type(error).__name__}: {error}"))
             if len(bad) > self.bad_limit():  # the run is about to end
-                size = (self.image_size, self.image_size)
-                shape = (3, *size) if self.views == 1 else (self.views, 3, *size)
-                blank = torch.zeros(shape, dtype=torch.uint8)
+                blank = torch.zeros(self.shape, dtype=torch.uint8)
                 return blank, self.companion(index), seed, bad
             index = (index + 1) % len(self.indices)
 

@@ -776,7 +776,7 @@ def measure(runs, val_set, inception, args, device):
         index = indices[done : done + len(images)]
         done += len(images)
         found |= dict(bad)
-        kept = ~torch.isin(index, torch.tensor([i for i, _ in bad], dtype=torch.long))
+        kept = readable(index, bad)
         split = (index[kept] * splits // len(val_set)).to(device)
         real = data.to_float(images[kept].to(device))
         if not len(real):
@@ -875,7 +875,7 @@ def open_encoders(args, device):
             fail(f"{path} has --image-size and --patch-size {sizes}, {first}: compare them apart")
         torch.manual_seed(args.seed)  # the same random weights on every process
         with train.refusals():
-            encoder = model.build_encoder(own.model, *sizes, drop=0.0)
+            encoder = model.build_encoder(own.model, *sizes)
             if weights is not None:
                 weights = model.encoder_weights(weights, encoder.side, path)
                 model.load_whole(encoder, weights, path)
@@ -927,7 +927,7 @@ def measure_cka(args, device):
     bar, count = tqdm(shard(val_set, args), disable=None if is_main() else True), 0
     for index, (images, mask_noise, _, bad) in zip(mine, bar, strict=True):
         found |= dict(bad)
-        kept = ~torch.isin(index, torch.tensor([i for i, _ in bad], dtype=torch.long))
+        kept = readable(index, bad)
         if kept.sum() < 4:  # too few for an estimate
             continue
         count += kept.sum().item()
@@ -1049,6 +1049,11 @@ def shard(dataset, args):
     return data.build_loader(dataset, keys, batch_size=args.batch_size, workers=args.workers)
 
 
+def readable(index, bad):
+    """Which of a batch's images, (B,) places in the data set, are not among its unreadable ones."""
+    return ~torch.isin(index, torch.tensor([i for i, _ in bad], dtype=torch.long))
+
+
 def build_data(args):
     """-> (training, validation `LabelledSet`, args with `classes`, the names of the classes).
 
@@ -1093,24 +1098,23 @@ def build_scenes(args):
     """`build_data` of detection and segmentation; with --eval there is no training set: None."""
     parts = ("val",) if args.eval else ("train", "val")
     with train.refusals():
-        *train_source, source = data.open_scenes(
-            args.data, args.task, image_size=args.image_size, parts=parts
-        )
+        sources = data.open_scenes(args.data, args.task, image_size=args.image_size, parts=parts)
+        val_source = sources[-1]
         if args.eval:
-            data.check_classes(args.classes, source.classes, (args.checkpoint, args.data))
+            data.check_classes(args.classes, val_source.classes, (args.checkpoint, args.data))
     train_set, common = None, dict(image_size=args.image_size, seed=args.seed, task=args.task)
 
     def chosen(source, limit):
         return data.choose_images(source, seed=args.seed, limit=limit or len(source)).tolist()
 
     if not args.eval:
-        (first,) = train_source
-        kept = chosen(first, args.limit_images)
-        train_set = data.DenseSet(first, kept, scales=args.scales, **common)
+        kept = chosen(sources[0], args.limit_images)
+        train_set = data.DenseSet(sources[0], kept, scales=args.scales, **common)
         train.check_one_step(train_set, args)
-    windows, kept = args.slide and args.task == "segment", chosen(source, args.val_images)
-    val_set = data.DenseSet(source, kept, augment=False, slide=windows, **common)
-    return train_set, val_set, argparse.Namespace(**vars(args) | {"classes": list(source.classes)})
+    kept, windows = chosen(val_source, args.val_images), args.slide and args.task == "segment"
+    val_set = data.DenseSet(val_source, kept, augment=False, slide=windows, **common)
+    settled = vars(args) | {"classes": list(val_source.classes)}
+    return train_set, val_set, argparse.Namespace(**settled)
 
 
 # ---- Benchmark -----------------------------------------------------------------------------------

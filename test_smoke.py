@@ -2950,6 +2950,31 @@ def test_block_masks_hide_as_many_patches_as_they_should_in_rectangles():
     assert mask.sum() == 147 and (mask[0] >= (noise >= 1)).all()  # blocks, and 27 others
 
 
+def test_two_views_are_two_colourings_of_one_crop():
+    source = data.Shapes("train", 32)
+    common = dict(image_size=32, num_patches=16, seed=0)
+    coloured = data.PretrainSet(source, views=2, **common)
+    plain = data.PretrainSet(source, views=2, jitter=0, **common)
+    whole = data.PretrainSet(source, views=2, augment=False, **common)
+    single = data.PretrainSet(source, jitter=0, **common)
+    differ, grey, alike = 0, 0, []
+    for key in itertools.product((1, 2), range(30)):
+        views, noise, *_ = coloured[key]
+        assert views.shape == (2, 3, 32, 32) and views.dtype == torch.uint8
+        assert torch.equal(views, coloured[key][0])  # a function of seed, epoch and index
+        crop = single[key][0]
+        for same in (plain[key], whole[key]):  # without colours both views are the image
+            assert torch.equal(same[0][0], same[0][1]) and torch.equal(same[1], noise)
+        assert torch.equal(plain[key][0][0], crop)
+        # Colours keep edges where they are: a view varies along with its crop, not with another.
+        flat = [x.float().mean(dim=0).flatten() for x in (crop, *views)]
+        alike += torch.corrcoef(torch.stack(flat))[0, 1:].tolist()
+        differ += not torch.equal(*views)
+        grey += sum(torch.equal(view[0], view[1]) for view in views)
+    assert np.median(alike) > 0.95 and np.mean(alike) > 0.9, alike
+    assert differ >= 55 and 12 <= grey <= 40, (differ, grey)  # of 60; of 120 at chance 1/5
+
+
 def test_hidden_patches_weigh_by_how_many_of_their_neighbours_are_hidden():
     mask = torch.zeros(1, 5, 5)
     mask[0, 0, 0] = 1
@@ -3184,6 +3209,19 @@ def test_siblings_run_from_their_name_and_their_encoders_are_measured():
                 assert tune(*look)[0] == 0
             else:
                 tune_refused(*look, names=[f"--loss {loss}", "paints nothing"])
+            if momentum := losses.LOSSES[loss]["momentum"]:  # each step moves the teacher
+                after = []
+                for steps in (1, 2):
+                    out_k = ["--out", root / f"{loss}_steps", "--steps", steps]
+                    assert command(*flags, *loss_network_flags(), *out_k)[0] == 0
+                    after.append(kept_in(out_k[1])["mae"])
+                for name, value in after[1].items():
+                    if name.startswith("teacher.") and name != "teacher.pos_embed":
+                        own = after[1][name.removeprefix("teacher.")]
+                        expected = torch.lerp(after[0][name], own, 1 - momentum[0])
+                        close(value, expected, 1e-7)
+                teacher, own = (after[1][k] for k in ("teacher.norm.bias", "norm.bias"))
+                assert teacher.abs().max() > 0 and not torch.equal(teacher, own)
             if loss == "boot_mae":  # --init: the teacher starts from the same weights
                 run, args = tiny_run("--loss", "c_mae", "--init", str(out / "checkpoint.pt"))
                 with contextlib.redirect_stdout(io.StringIO()):

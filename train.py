@@ -853,7 +853,7 @@ def build_data(args):
     patches = (args.image_size // args.patch_size) ** 2
     common = dict(image_size=args.image_size, num_patches=patches, seed=args.seed)
     common["views"] = LOSSES[args.loss]["views"]
-    if LOSSES[args.loss]["masks"] == "block":
+    if LOSSES[args.loss]["masks"] == "block":  # BootMAE's code: 120 of 147 hidden patches
         common["blocks"] = args.mask_ratio * 120 / 147
     train_set = data.PretrainSet(
         train_source,
@@ -1170,12 +1170,11 @@ def read_validation_part(dataset, rank, world):
 
     -> (images (n, 3, S, S) uint8, mask_noise (n, N), number of unreadable images everywhere).
     """
-    size, unreadable = dataset.image_size, []
-    shape = (3, size, size) if dataset.views == 1 else (dataset.views, 3, size, size)
+    unreadable = []
     samples = [dataset[0, i] for i in range(rank, len(dataset), world)]
     note_bad_images(dict(bad for sample in samples for bad in sample[3]), unreadable, dataset)
     if not samples:  # more processes than images
-        empty = torch.zeros(0, *shape, dtype=torch.uint8)
+        empty = torch.zeros(0, *dataset.shape, dtype=torch.uint8)
         return empty, torch.zeros(0, dataset.num_patches), len(unreadable)
     return *data.collate(samples)[:2], len(unreadable)
 
@@ -1252,8 +1251,8 @@ def benchmark(args, device):
     """
     recipe, run = LOSSES[args.loss], build_run(args, device)
     generator = torch.Generator().manual_seed(args.seed)
-    size, B = args.image_size, args.batch_size
-    shape = (B, 3, size, size) if recipe["views"] == 1 else (B, recipe["views"], 3, size, size)
+    B = args.batch_size
+    shape = (B, *data.sample_shape(args.image_size, recipe["views"]))
     images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     mask_noise = torch.rand(B, unwrap(run.mae).side ** 2, generator=generator)
     progress, eq3_on = new_progress(), recipe["phi"] is not None
