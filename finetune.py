@@ -1430,8 +1430,7 @@ def main(argv=None):
         measure_cka(args, device)
     else:
         stopped, _ = run_task(args, device)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    train.stop_processes()
     return 128 + stopped if stopped else 0
 
 

@@ -2888,7 +2888,7 @@ def gloo_gradients(folder):
         accum = 1 if loss in ("stylegan2_ada_p", "c_mae") else 2
         results.append(row_gradients(loss, arch, slice(rank, None, 2), accum))
     torch.save(results, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    train.stop_processes()
 
 
 def test_two_processes_give_the_gradients_of_one_for_every_row_in_two_steps():
@@ -3834,9 +3834,8 @@ def test_two_processes_measure_what_one_does():
         save_autoencoder(root / "g.pt", "--loss", "msg_gan_p")
         torch.save(stand_in(), root / "inception.pth")
         jobs = {task: [*learn, "--task", task] for task in CLASSIFY}
-        # A detector's samples and stochastic depth are drawn for each batch, here of one image; the
-        # weights stay as drawn.
-        dense = [*learn, *SMALL_HEADS, "--limit-images", 4, "--lr", 1e-12]
+        # A detector's samples and stochastic depth are drawn for each batch, here of one image.
+        dense = [*learn, *SMALL_HEADS, "--limit-images", 6, "--epochs", 2, "--drop-path", 0.3]
         jobs |= {task: [*dense, "--task", task] for task in finetune.DENSE}
         jobs["reconstruct"] = [*RECONSTRUCT, "--checkpoint", root / "g.pt", "--val-images", 3]
         jobs["reconstruct"] += ["--inception-weights", root / "inception.pth"]
@@ -3878,10 +3877,10 @@ def tune_in_turn(jobs):
     """One process of the last test: `finetune.main` for each list of flags in the file `jobs`."""
     device = train.start_processes()
     with mock.patch.object(train, "start_processes", lambda: device):
-        with mock.patch.object(torch.distributed, "destroy_process_group"):
+        with mock.patch.object(train, "stop_processes"):
             for flags in json.loads(Path(jobs).read_text()):
                 assert not finetune.main([str(flag) for flag in flags])
-    torch.distributed.destroy_process_group()
+    train.stop_processes()
 
 
 # ---- Dense tasks ---------------------------------------------------------------------------------

@@ -553,6 +553,18 @@ def start_processes():
     return device
 
 
+def stop_processes():
+    """Leave the process group, if there is one.
+
+    gloo's threads may still hold the tensor that was exchanged last, and need Python's lock to free
+    it; the group, as it ends, keeps the lock and waits for them for ever (seen on torch 2.6). A
+    moment's sleep lets them have it first.
+    """
+    if dist.is_initialized():
+        time.sleep(0.2)
+        dist.destroy_process_group()
+
+
 def check_gpu(device):
     """Is there a GPU for each process of this node, which the installed torch can run on?"""
     count, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -1605,8 +1617,7 @@ def main(argv=None):
         stopped = pretrain(args, device)
     if args.demo and not args.benchmark and not stopped:
         explain_demo(Path(args.out))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    stop_processes()
     return 128 + stopped if stopped else 0
 
 
