@@ -1469,6 +1469,49 @@ def save_curves(path, rows, panels, across=3):
         save_charts(path, charts, across=across)
 
 
+def save_dots(path, charts, across=3):
+    """Write a PNG of values by row: a dot each, and a bar from mean - to mean + standard error.
+
+    charts: {title: {row: [value, ...]}}, each chart with its own axis. across: charts in a row.
+    """
+    fine, width, line, left = 3, 260, 20, 122  # left: for the rows' names, once for all charts
+    names = list(dict.fromkeys(name for rows in charts.values() for name in rows))
+    across, high = min(across, len(charts)), line * len(names) + 62
+    size = (left + width * across, high * math.ceil(len(charts) / across))
+    canvas = Image.new("RGB", tuple(fine * side for side in size), "white")
+    draw = ImageDraw.Draw(canvas)
+    big, small = (ImageFont.load_default(size=points * fine) for points in (14, 11))
+    for place, (title, rows) in enumerate(charts.items()):
+        x0, y0 = (left + place % across * width) * fine, (place // across * high + 34) * fine
+        x1, y1 = x0 + (width - 50) * fine, y0 + line * len(names) * fine
+        values = [value for row in rows.values() for value in row]
+        margin = max(max(values) - min(values), 1e-9) / 12
+        low, span = min(values) - margin, max(values) - min(values) + 2 * margin
+        draw.text((x0, y0 - 10 * fine), title, "black", big, anchor="ls")
+        for part in range(3):
+            x = x0 + (x1 - x0) * part / 2
+            draw.line([(x, y0), (x, y1)], "#dddddd", fine)
+            label = f"{low + span * part / 2:.3g}"
+            draw.text((x, y1 + 4 * fine), label, "#555555", small, anchor="mt")
+        for number, name in enumerate(names):
+            y, colour = y0 + line * (number + 0.5) * fine, CURVE_COLOURS[number % 8]
+            if place % across == 0:
+                draw.text((x0 - 10 * fine, y), name, colour, small, anchor="rm")
+            row = np.array(rows.get(name, []))
+            if len(row) > 1:
+                error = row.std(ddof=1) / len(row) ** 0.5
+                ends = [
+                    x0 + (x1 - x0) * (row.mean() + sign * error - low) / span for sign in (-1, 1)
+                ]
+                draw.rectangle([ends[0], y - 5 * fine, ends[1], y + 5 * fine], fill="#e2e2e2")
+                middle = sum(ends) / 2
+                draw.line([(middle, y - 5 * fine), (middle, y + 5 * fine)], colour, 2 * fine)
+            for value in row:
+                x, radius = x0 + (x1 - x0) * (value - low) / span, 3 * fine
+                draw.ellipse([x - radius, y - radius, x + radius, y + radius], colour)
+    canvas.reduce(fine).save(path)
+
+
 def save_charts(path, charts, *, across=3, bounds=None, legend=False):
     """Write a PNG of line charts.
 

@@ -8,6 +8,7 @@
     python finetune.py --eval --checkpoint runs/mse/finetune/best.pt
     python finetune.py --task reconstruct --checkpoint runs/mse/checkpoint.pt [MORE ...]
     python finetune.py --task cka --checkpoint runs/mse/checkpoint.pt [MORE ...] none
+    python finetune.py --compare runs/seeds                     # several seeds of several rows
     python finetune.py --export encoder.pt --format timm --checkpoint runs/mse/checkpoint.pt
 
 --task linear, finetune, detect and segment are sec. 4 of the paper ("Fine-tuning"), the
@@ -575,7 +576,7 @@ def logistic_scores(queries, x, labels, *, classes, seed):
     """Logits (Q, classes) of features `queries` (Q, C) after a fit to x (n, C) and labels (n,).
 
     The penalty is the one of PENALTIES that does best on a tenth of x, held out; then all of x is
-    used. Every process fits the same.
+    used. Every process fits the same. Also returns the accuracy on that tenth, None if it is empty.
     """
     order = torch.randperm(len(x), generator=data.sample_generator(seed)).to(x.device)
     held, rest = order[: len(x) // 10], order[len(x) // 10 :]
@@ -584,8 +585,10 @@ def logistic_scores(queries, x, labels, *, classes, seed):
         head = fit_logistic(x[rest], labels[rest], classes=classes, penalty=penalty)
         return (head(x[held]).argmax(dim=1) == labels[held]).float().mean().item()
 
-    penalty = max(PENALTIES, key=held_out_top1) if len(held) else PENALTIES[0]
-    return fit_logistic(x, labels, classes=classes, penalty=penalty)(queries).detach()
+    top1 = [held_out_top1(penalty) for penalty in PENALTIES] if len(held) else []
+    penalty = PENALTIES[top1.index(max(top1)) if top1 else 0]
+    head = fit_logistic(x, labels, classes=classes, penalty=penalty)
+    return head(queries).detach(), max(top1, default=None)
 
 
 def measure_features(run, train_set, val_set, args):
@@ -596,7 +599,7 @@ def measure_features(run, train_set, val_set, args):
     """
     bank, bank_labels, places = extract(run, train_set, args)
     queries, labels, _ = (gathered(part) for part in extract(run, val_set, args))
-    classes = len(args.classes)
+    classes, chosen_by = len(args.classes), {}
     if args.task == "knn":
         if args.whiten:
             bank, queries = whiten(bank, queries)
@@ -609,9 +612,10 @@ def measure_features(run, train_set, val_set, args):
         bank, queries = standard(bank), standard.eval()(queries)  # over all processes' features
         order = gathered(places).argsort().to(bank.device)  # that of one process
         x, x_labels = gathered(bank)[order], gathered(bank_labels)[order]
-        scores = logistic_scores(queries, x, x_labels, classes=classes, seed=args.seed)
+        scores, top1 = logistic_scores(queries, x, x_labels, classes=classes, seed=args.seed)
+        chosen_by = {} if top1 is None else {"held_out_top1": 100 * top1}
     counts = {name: int(count) for name, count in count_correct(scores, labels).items()}
-    return as_row(counts, classes)  # every process has all queries: nothing to add up
+    return as_row(counts, classes) | chosen_by  # every process has all queries: nothing to add up
 
 
 # ---- Reconstructions (Table 1, Figures 2 and 3) --------------------------------------------------
@@ -974,6 +978,74 @@ def write_cka(out, values, about):
     say(f"done: {out}/cka.json, {out}/pictures/cka.png")
 
 
+# ---- Several seeds against each other ------------------------------------------------------------
+
+
+def read_runs(folder):
+    """Runs in FOLDER/ROW/SEED -> {"TASK score": {row: {seed: value}}}, from the ends of their logs.
+
+    Of a task measured on both tokens, in logistic_cls and logistic_mean, say, the one counts that
+    is better on held-out training images, for each run by itself.
+    """
+    found, held_out = {}, {}
+    rows = sorted(p.name for p in folder.glob("*/") if p.is_dir())
+    order = [*(name for name in losses.LOSSES if name in rows), *rows]
+    for row in dict.fromkeys(order):
+        logs = (folder / row).glob("*/**/log.jsonl")
+        for log in sorted(logs, key=lambda log: (len(log.parts), log)):
+            seed, *task = log.parent.relative_to(folder / row).parts
+            *_, last = data.read_log(log) or [{}]
+            task, top1 = "/".join(task), last.get("held_out_top1")
+            if top1 is not None:
+                task = re.sub("_(cls|mean)$", "", task)
+                if top1 < held_out.setdefault((row, seed, task), top1):
+                    continue
+                held_out[row, seed, task] = top1
+            for score in (name for name in SCORES if name in last):
+                values = found.setdefault(f"{task} {score}".strip(), {})
+                values.setdefault(row, {})[seed] = last[score]
+    return found
+
+
+def mean_and_error(values):
+    """Mean of a list and its standard error, deviation / sqrt(n); None for a single value."""
+    values = torch.tensor(values, dtype=torch.float64)
+    error = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
+    return values.mean().item(), error
+
+
+def compare(folder):
+    """Means over seeds, and differences to the first row paired by seed: a table, a picture.
+
+    Pairs share what a seed fixes: the weights at the start, the order of images and their masks.
+    """
+    found = read_runs(folder)
+    if not found:
+        fail(f"{folder} has no results: --compare takes logs in {folder}/ROW/SEED/, see README")
+    first = next(iter(next(iter(found.values()))))
+    results, charts = {}, {}
+    say(f"mean +- standard error; difference to {first}, of pairs of one seed; * above two errors")
+    for score, rows in found.items():
+        say(f"\n{score}")
+        charts[score] = {row: list(seeds.values()) for row, seeds in rows.items()}
+        for row, seeds in rows.items():
+            mean, error = mean_and_error(charts[score][row])
+            entry = dict(values=seeds, mean=mean, error=error)
+            text = f"{row:16} {mean:8.4g}" + (f" +- {error:6.2g}" if error is not None else "")
+            common = [seed for seed in seeds if seed in rows.get(first, {})]
+            if row != first and common:
+                more, error = mean_and_error([seeds[s] - rows[first][s] for s in common])
+                entry |= dict(difference=more, difference_error=error)
+                star = " *" if error is not None and abs(more) > 2 * error else ""
+                text += f"   {more:+8.3g}" + ("" if error is None else f" +- {error:6.2g}{star}")
+            results.setdefault(score, {})[row] = entry
+            say(text + f"   ({len(seeds)})")
+    with train.writing(folder):
+        (folder / "compare.json").write_text(json.dumps(results, indent=1) + "\n")
+        data.save_dots(folder / "compare.png", charts)
+    say(f"done: {folder}/compare.json, {folder}/compare.png")
+
+
 # ==================================================================================================
 # What keeps it running: checkpoints in and out, data, benchmark, command line.
 # ==================================================================================================
@@ -1182,6 +1254,7 @@ TRAINED = ("linear", "finetune", *DENSE)
 ONCE = ("knn", "logistic")  # see each image once, without augmentation
 SEVERAL = ("reconstruct", "cka")  # compare any number of checkpoints
 CKA_BATCH = 256  # its estimate is the noisier, the fewer images are compared with each other
+SCORES = ("psnr", "ssim", "top1", "ap", "miou")  # what --compare looks for in logs
 PENALTIES = [10.0**n for n in range(-5, 0)]  # on the weights of logistic regression
 # `--demo`: measures what `train.py --demo` wrote against random weights, on two CPU cores.
 DEMO = dict(
@@ -1218,6 +1291,7 @@ def build_parser():
         "what to do",
         ("--task", TASKS, "finetune", f"what is done (cka: --batch-size {CKA_BATCH} by default)"),
         ("--export", str, None, "file to write the checkpoint's weights to; no task"),
+        ("--compare", str, None, "folder of runs ROW/SEED/: their means over seeds; no task"),
         ("--format", ("mae", "timm", "hf"), "mae", "whose names --export takes"),
         (
             "--pool",
@@ -1307,6 +1381,8 @@ def parse_args(argv=None):
     elif asked.task == "cka":
         parser.set_defaults(batch_size=CKA_BATCH)
     args = parser.parse_args(argv)
+    if args.compare:
+        return args
     if args.benchmark and args.checkpoints is None:
         args.checkpoints = ["none"]
     if args.checkpoints is None:
@@ -1416,6 +1492,8 @@ def demo(args, device):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.compare:
+        return compare(Path(args.compare))
     if args.export:
         return export(args)
     device = train.start_processes()

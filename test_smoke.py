@@ -3672,11 +3672,49 @@ def test_logistic_regression_takes_the_penalty_that_suits_held_out_images():
 
     fit = finetune.fit_logistic
     with mock.patch.object(finetune, "fit_logistic", spy):
-        scores = finetune.logistic_scores(queries, x, labels, classes=2, seed=0)
+        scores, _ = finetune.logistic_scores(queries, x, labels, classes=2, seed=0)
     assert used[:-1] == finetune.PENALTIES and used[-1] >= 1e-2, used
     chosen = (scores.argmax(dim=1) == truth).float().mean()
     loose = fit(x, labels, classes=2, penalty=finetune.PENALTIES[0])
     assert chosen > (loose(queries).argmax(dim=1) == truth).float().mean()
+
+
+def write_results(folder, **logs):
+    """FOLDER/TASK/log.jsonl, or FOLDER/log.jsonl for `own`, whose last row is `logs[task]`."""
+    for task, row in logs.items():
+        log = folder / task / "log.jsonl" if task != "own" else folder / "log.jsonl"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(json.dumps({"top1": -1.0, "psnr": -1.0}) + "\n" + json.dumps(row) + "\n")
+
+
+def test_seeds_are_compared_by_hand_values():
+    with scratch() as root:
+        tune_refused("--compare", root, names=["--compare takes logs"])
+        for seed, psnr, top1 in ((0, 17.0, 40.0), (1, 18.0, 44.0), (2, 16.0, 42.0)):
+            write_results(root / "mse" / str(seed), own={"psnr": psnr}, knn={"top1": top1})
+            more = {"top1": top1 + seed + 1}  # 1, 2 and 3 better
+            write_results(root / "ls_gan" / str(seed), own={"psnr": psnr - 2}, knn=more)
+        # The token that is better on held-out training images counts, not the better result.
+        cls, mean = {"top1": 90.0, "held_out_top1": 50.0}, {"top1": 60.0, "held_out_top1": 70.0}
+        write_results(root / "mse" / "0", logistic_cls=cls, logistic_mean=mean)
+        write_results(root / "random" / "0", logistic_cls=mean, logistic_mean=cls)
+        write_results(root / "random" / "1", knn={"top1": 30.0})
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            assert not finetune.main(["--compare", str(root)])
+        found = json.loads((root / "compare.json").read_text())
+        assert list(found) == ["psnr", "knn top1", "logistic top1"]
+        assert list(found["knn top1"]) == ["mse", "ls_gan", "random"]  # as in `LOSSES`, then others
+        mse, ls_gan, random = found["knn top1"].values()
+        close([mse["mean"], mse["error"]], [42, 2 / 3**0.5], 1e-9)
+        close([ls_gan["difference"], ls_gan["difference_error"]], [2, 1 / 3**0.5], 1e-9)
+        assert random["difference"] == 30 - 44 and random["difference_error"] is None
+        close(found["psnr"]["ls_gan"]["difference"], -2, 1e-9)
+        assert found["logistic top1"]["mse"]["values"] == {"0": 60}
+        assert found["logistic top1"]["random"]["values"] == {"0": 60}
+        stars = [line for line in printed.getvalue().splitlines() if "*" in line][1:]
+        assert len(stars) == 2 and all(line.startswith("ls_gan ") for line in stars), stars
+        assert Image.open(root / "compare.png").width > 500
 
 
 def test_every_kind_of_autoencoder_and_published_files_load_as_they_were():
