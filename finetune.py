@@ -506,16 +506,26 @@ def gathered(tensor, dim=0):
     return torch.cat(train.of_all_processes(tensor.cpu()), dim).to(tensor.device)
 
 
+def pools_of(args):
+    """The tokens that --pool names."""
+    return ("cls", "mean") if args.pool == "auto" else (args.pool,)
+
+
 @torch.no_grad()
 def extract(run, dataset, args):
-    """Features of this process's part -> (float32 (n, C), labels (n,), places in the set (n,))."""
+    """Features of this process's part -> (float32 (n, C), labels (n,), places in the set (n,)).
+
+    With --pool auto CLS and the mean token, side by side: (n, 2 C).
+    """
     network, found = train.unwrap(run.network).eval(), {}
-    width = network.head.in_features
+    pools = pools_of(args)
+    width = len(pools) * network.head.in_features
     features, targets = [torch.zeros(0, width, device=run.device)], [torch.zeros(0).long()]
     for images, labels, _, bad in shard(dataset, args):
         found |= dict(bad)
         with run.autocast():
-            x = network.features(data.to_float(images.to(run.device, non_blocking=True)))
+            tokens = network.encoder(data.to_float(images.to(run.device, non_blocking=True)))
+            x = torch.cat([model.pooled(tokens, pool) for pool in pools], dim=1)
         features.append(x.float()[labels >= 0])
         targets.append(labels)
     note_unread(found, [], dataset)
@@ -576,7 +586,7 @@ def logistic_scores(queries, x, labels, *, classes, seed):
     """Logits (Q, classes) of features `queries` (Q, C) after a fit to x (n, C) and labels (n,).
 
     The penalty is the one of PENALTIES that does best on a tenth of x, held out; then all of x is
-    used. Every process fits the same. Also returns the accuracy on that tenth, None if it is empty.
+    used. Every process fits the same. Also returns the accuracy on that tenth, 0 to 1.
     """
     order = torch.randperm(len(x), generator=data.sample_generator(seed)).to(x.device)
     held, rest = order[: len(x) // 10], order[len(x) // 10 :]
@@ -585,10 +595,10 @@ def logistic_scores(queries, x, labels, *, classes, seed):
         head = fit_logistic(x[rest], labels[rest], classes=classes, penalty=penalty)
         return (head(x[held]).argmax(dim=1) == labels[held]).float().mean().item()
 
-    top1 = [held_out_top1(penalty) for penalty in PENALTIES] if len(held) else []
-    penalty = PENALTIES[top1.index(max(top1)) if top1 else 0]
+    top1 = [held_out_top1(penalty) if len(held) else 0.0 for penalty in PENALTIES]
+    penalty = PENALTIES[top1.index(max(top1))]
     head = fit_logistic(x, labels, classes=classes, penalty=penalty)
-    return head(queries).detach(), max(top1, default=None)
+    return head(queries).detach(), max(top1)
 
 
 def measure_features(run, train_set, val_set, args):
@@ -599,7 +609,7 @@ def measure_features(run, train_set, val_set, args):
     """
     bank, bank_labels, places = extract(run, train_set, args)
     queries, labels, _ = (gathered(part) for part in extract(run, val_set, args))
-    classes, chosen_by = len(args.classes), {}
+    classes, about = len(args.classes), {}
     if args.task == "knn":
         if args.whiten:
             bank, queries = whiten(bank, queries)
@@ -612,10 +622,15 @@ def measure_features(run, train_set, val_set, args):
         bank, queries = standard(bank), standard.eval()(queries)  # over all processes' features
         order = gathered(places).argsort().to(bank.device)  # that of one process
         x, x_labels = gathered(bank)[order], gathered(bank_labels)[order]
-        scores, top1 = logistic_scores(queries, x, x_labels, classes=classes, seed=args.seed)
-        chosen_by = {} if top1 is None else {"held_out_top1": 100 * top1}
+        pools, fits = pools_of(args), {}
+        halves = zip(pools, *(part.chunk(len(pools), dim=1) for part in (queries, x)), strict=True)
+        for pool, queries, x in halves:
+            fits[pool] = logistic_scores(queries, x, x_labels, classes=classes, seed=args.seed)
+        pool = max(fits, key=lambda pool: fits[pool][1])
+        scores, top1 = fits[pool]
+        about = {"pool": pool, "held_out_top1": 100 * top1}
     counts = {name: int(count) for name, count in count_correct(scores, labels).items()}
-    return as_row(counts, classes) | chosen_by  # every process has all queries: nothing to add up
+    return as_row(counts, classes) | about  # every process has all queries: nothing to add up
 
 
 # ---- Reconstructions (Table 1, Figures 2 and 3) --------------------------------------------------
@@ -896,11 +911,10 @@ def block_features(encoder, images, ids_keep, pool):
 
     images: (B, 3, H, W) in [0, 1]. ids_keep: (B, K), the patches to look at. pool: "cls", "mean".
     """
-    tokens = slice(0, 1) if pool == "cls" else slice(1, None)
     levels, parts = range(1, len(encoder.blocks) + 1), []
     for some, ids in zip(images.split(32), ids_keep.split(32), strict=True):  # less memory
         _, outputs = encoder.encode(some, ids, levels)  # [(b, 1 + K, C)]
-        parts.append(torch.stack([x[:, tokens].float().mean(dim=1) for x in outputs]))
+        parts.append(torch.stack([model.pooled(x.float(), pool) for x in outputs]))
     return torch.cat(parts, dim=1)
 
 
@@ -984,10 +998,9 @@ def write_cka(out, values, about):
 def read_runs(folder):
     """Runs in FOLDER/ROW/SEED -> {"TASK score": {row: {seed: value}}}, from the ends of their logs.
 
-    Of a task measured on both tokens, in logistic_cls and logistic_mean, say, the one counts that
-    is better on held-out training images, for each run by itself.
+    TASK is where a log lies below the run, such as knn; nothing for pre-training.
     """
-    found, held_out = {}, {}
+    found = {}
     rows = sorted(p.name for p in folder.glob("*/") if p.is_dir())
     order = [*(name for name in losses.LOSSES if name in rows), *rows]
     for row in dict.fromkeys(order):
@@ -995,14 +1008,8 @@ def read_runs(folder):
         for log in sorted(logs, key=lambda log: (len(log.parts), log)):
             seed, *task = log.parent.relative_to(folder / row).parts
             *_, last = data.read_log(log) or [{}]
-            task, top1 = "/".join(task), last.get("held_out_top1")
-            if top1 is not None:
-                task = re.sub("_(cls|mean)$", "", task)
-                if top1 < held_out.setdefault((row, seed, task), top1):
-                    continue
-                held_out[row, seed, task] = top1
             for score in (name for name in SCORES if name in last):
-                values = found.setdefault(f"{task} {score}".strip(), {})
+                values = found.setdefault(" ".join([*task, score]), {})
                 values.setdefault(row, {})[seed] = last[score]
     return found
 
@@ -1295,9 +1302,10 @@ def build_parser():
         ("--format", ("mae", "timm", "hf"), "mae", "whose names --export takes"),
         (
             "--pool",
-            ("cls", "mean"),
+            ("cls", "mean", "auto"),
             "cls",
-            "what a classifier or CKA sees: CLS, or the mean patch token",
+            "what a classifier or CKA sees: CLS, the mean patch token, or (logistic) the one that "
+            "suits held-out training images",
         ),
         ("--model", model.MAE_SIZES, None, "None = the checkpoint's; base for none"),
         ("--image-size", train.at_least(16), None, "side in pixels; None = the checkpoint's"),
@@ -1397,6 +1405,8 @@ def parse_args(argv=None):
         fail(f"--eval measures a classifier; --task {args.task} measures by itself")
     if args.task == "cka" and args.batch_size < 4:
         fail(f"--batch-size {args.batch_size} is too small for CKA; give 4 or more")
+    if args.pool == "auto" and args.task != "logistic":
+        fail(f"--pool auto is for --task logistic; give {args.task} cls or mean")
     if args.benchmark and args.task not in TRAINED:
         fail(f"--benchmark times training steps, and --task {args.task} has none")
     if args.task in DENSE:

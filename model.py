@@ -1297,6 +1297,11 @@ class BatchStandardize(nn.Module):
         return (x - mean.float()) / (var.float() + self.eps).sqrt()
 
 
+def pooled(tokens, pool):
+    """Tokens (B, 1 + N, C) -> (B, C): CLS, "cls", or the "mean" of the patches'."""
+    return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
+
+
 class Classifier(nn.Module):
     """ViT encoder with the original ViT's head: one linear layer. Images -> logits (B, classes).
 
@@ -1328,8 +1333,7 @@ class Classifier(nn.Module):
     def features(self, images):
         """Images (B, 3, H, W) in [0, 1] -> (B, C)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            tokens = self.encoder(images)  # (B, 1 + N, C)
-        return tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)
+            return pooled(self.encoder(images), self.pool)
 
     def forward(self, images):
         x = self.standardize(self.features(images))
