@@ -124,7 +124,7 @@ def resized_crop(image, box, size):
 
 
 def to_float(images):
-    """uint8 (B, 3, H, W) -> float32 in [0, 1]."""
+    """uint8 of any shape -> float32 in [0, 1]."""
     return images.float() / 255
 
 
@@ -605,7 +605,8 @@ class PretrainSet(Dataset):
         self.flip = v2.RandomHorizontalFlip(0.5 if flip else 0.0)
         self.distort = v2.ColorJitter(jitter, jitter, jitter)
         if views > 1 and jitter:  # PAPER: C-MAE, "follows SimSiam", at .4 (Chen and He 2021).
-            # PAPER SILENT: is its grey one of them? DIFFERS: before masking, not after.
+            # PAPER SILENT: whether SimSiam's random grey is among its colours; here it is.
+            # DIFFERS: colours change before masking, not after.
             strong = v2.ColorJitter(jitter, jitter, jitter, min(0.5, jitter / 4))
             self.distort = v2.Compose([v2.RandomApply([strong], 0.8), v2.RandomGrayscale(0.2)])
         self.centre = 1.0  # part of the shorter side that is kept where there is no augmentation
@@ -657,7 +658,7 @@ class PretrainSet(Dataset):
         return noise
 
     def transform(self, image):
-        """PIL image -> uint8 (3, S, S)."""
+        """PIL image -> uint8 (3, S, S), or (views, 3, S, S)."""
         width, height = upright_size(image)
         if self.augment:
             shape = torch.empty(1, height, width, device="meta")  # all that torchvision asks for
@@ -677,20 +678,21 @@ class PretrainSet(Dataset):
 
 
 def block_mask(side, hidden):
-    """BootMAE's mask, rectangles until a part of all patches is hidden: (side^2,), 1 = hidden.
+    """BootMAE's mask: rectangles until the part `hidden` of all patches is hidden -> (side^2,)
+    float, 1 = hidden.
 
     Areas are drawn from 16/196 to 60/196 of the image, less where less is left to hide, and aspect
-    ratios from .3 to 1/.3. Added to the noise of `random_masking`, they are hidden first, and
-    chance hides the rest. BootMAE's code: 120 of 196 in blocks, 147 in all. Draws from torch's
+    ratios from .3 to 1/.3. Added to the noise of `random_masking`, the rectangles are hidden first,
+    and chance hides the rest. BootMAE's code: 120 of 196 in blocks, 147 in all. Draws from torch's
     global generator. DIFFERS: that code then shows up to three patches of the blocks again.
     """
     total, low, high = (round(part * side**2) for part in (hidden, 16 / 196, 60 / 196))
     mask = torch.zeros(side, side)
     while (left := total - int(mask.sum())) > 0:
         most = min(left, high)
-        area, log_aspect, *place = torch.rand(4).tolist()
-        area = low + (most - low) * area  # backwards where most < low: small blocks end the search
-        aspect = 0.3 ** (1 - 2 * log_aspect)
+        u, v, *place = torch.rand(4).tolist()
+        area = low + (most - low) * u  # where most < low, from most to low: what still fits
+        aspect = 0.3 ** (1 - 2 * v)  # from .3 to 1/.3, its logarithm uniform
         h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
         if not (0 < h < side and 0 < w < side):
             continue
@@ -804,7 +806,7 @@ def check_classes(first, second, names):
 
 
 def collate(samples):
-    """Samples -> (images (B, 3, S, S) uint8, companions, seeds, bad).
+    """Samples -> (images (B, 3, S, S) or (B, views, 3, S, S) uint8, companions, seeds, bad).
 
     companions: tensors become one (mask_noise (B, N), labels (B,), class maps (B, S, S)); anything
     else, such as the objects of images, stays a list.
@@ -1470,12 +1472,14 @@ def save_curves(path, rows, panels, across=3):
 
 
 def save_dots(path, charts, across=3):
-    """Write a PNG of values by row: a dot each, and a bar from mean - to mean + standard error.
+    """Write a PNG of values by row: a dot for each, and where there are two or more their mean, in
+    a bar of one standard error to either side.
 
     charts: {title: {row: [value, ...]}}, each chart with its own axis. across: charts in a row.
     """
-    fine, width, line, left = 3, 260, 20, 122  # left: for the rows' names, once for all charts
+    fine, width, line = 3, 260, 20  # drawn as in `save_charts`
     names = list(dict.fromkeys(name for rows in charts.values() for name in rows))
+    left = 20 + int(max(map(ImageFont.load_default(size=11).getlength, names)))  # for the names
     across, high = min(across, len(charts)), line * len(names) + 62
     size = (left + width * across, high * math.ceil(len(charts) / across))
     canvas = Image.new("RGB", tuple(fine * side for side in size), "white")
@@ -1494,7 +1498,10 @@ def save_dots(path, charts, across=3):
             label = f"{low + span * part / 2:.3g}"
             draw.text((x, y1 + 4 * fine), label, "#555555", small, anchor="mt")
         for number, name in enumerate(names):
-            y, colour = y0 + line * (number + 0.5) * fine, CURVE_COLOURS[number % 8]
+            y, colour = (
+                y0 + line * (number + 0.5) * fine,
+                CURVE_COLOURS[number % len(CURVE_COLOURS)],
+            )
             if place % across == 0:
                 draw.text((x0 - 10 * fine, y), name, colour, small, anchor="rm")
             row = np.array(rows.get(name, []))

@@ -16,7 +16,8 @@ supplement's A.2 and Table 2; knn and logistic measure features computed once, w
 reconstruct measures and draws reconstructions: Table 1, Figures 2 and 3; cka how alike an encoder's
 features of masked and of whole images are. In order: what a step of each task minimises, the loop,
 network and optimiser; accuracy; average precision and mean IoU (Table 3); k-NN and logistic
-regression; reconstructions; CKA; then, under a banner, checkpoints, data, benchmark, command line.
+regression; reconstructions; CKA; seeds against each other; then, under a banner, checkpoints, data,
+benchmark, command line.
 What keeps a run alive (processes, precision, checkpoints) is train.py's.
 
 --checkpoint takes those of train.py, any project's file of ViT-MAE weights, or `none`: random
@@ -26,9 +27,10 @@ and log.jsonl, in per cent: top1 and top5 of the validation images; ap... of box
 masks, as COCO defines them (-1: no such objects); miou over the classes in truth or prediction,
 miou_all over all. Each measurement of a detector, --eval's too, also writes results_bbox.json and
 results_segm.json in COCO's result format, and either dense task pictures/. knn and logistic write
-log.jsonl; reconstruct eval.json and pictures/, cka cka.json and pictures/; OUT of --eval is the
-checkpoint's folder. Run the same command again after any interruption and a training continues
-where its checkpoint was saved (--demo starts anew).
+log.jsonl; reconstruct eval.json and pictures/, cka cka.json and pictures/; --compare compare.json
+and compare.png into its folder; OUT of --eval is the checkpoint's folder. Run the same command
+again after any interruption and a training continues where its checkpoint was saved (--demo starts
+anew).
 """
 
 import argparse
@@ -583,10 +585,11 @@ def fit_logistic(x, labels, *, classes, penalty):
 
 
 def logistic_scores(queries, x, labels, *, classes, seed):
-    """Logits (Q, classes) of features `queries` (Q, C) after a fit to x (n, C) and labels (n,).
+    """Logistic regression -> (logits (Q, classes) of `queries` (Q, C), accuracy on held-out x).
 
-    The penalty is the one of PENALTIES that does best on a tenth of x, held out; then all of x is
-    used. Every process fits the same. Also returns the accuracy on that tenth, 0 to 1.
+    Fitted to x (n, C) and labels (n,). The penalty is the one of PENALTIES that does best on a
+    tenth of x, held out, whose accuracy, 0 to 1, is returned; then all of x is used. Every process
+    fits the same.
     """
     order = torch.randperm(len(x), generator=data.sample_generator(seed)).to(x.device)
     held, rest = order[: len(x) // 10], order[len(x) // 10 :]
@@ -595,7 +598,9 @@ def logistic_scores(queries, x, labels, *, classes, seed):
         head = fit_logistic(x[rest], labels[rest], classes=classes, penalty=penalty)
         return (head(x[held]).argmax(dim=1) == labels[held]).float().mean().item()
 
-    top1 = [held_out_top1(penalty) if len(held) else 0.0 for penalty in PENALTIES]
+    if len(held) == 0:
+        fail(f"{len(x)} training images are too few to hold a tenth of them out; give 10 or more")
+    top1 = [held_out_top1(penalty) for penalty in PENALTIES]
     penalty = PENALTIES[top1.index(max(top1))]
     head = fit_logistic(x, labels, classes=classes, penalty=penalty)
     return head(queries).detach(), max(top1)
@@ -623,10 +628,10 @@ def measure_features(run, train_set, val_set, args):
         order = gathered(places).argsort().to(bank.device)  # that of one process
         x, x_labels = gathered(bank)[order], gathered(bank_labels)[order]
         pools, fits = pools_of(args), {}
-        halves = zip(pools, *(part.chunk(len(pools), dim=1) for part in (queries, x)), strict=True)
-        for pool, queries, x in halves:
-            fits[pool] = logistic_scores(queries, x, x_labels, classes=classes, seed=args.seed)
-        pool = max(fits, key=lambda pool: fits[pool][1])
+        parts = (features.chunk(len(pools), dim=1) for features in (queries, x))
+        for pool, *own in zip(pools, *parts, strict=True):
+            fits[pool] = logistic_scores(*own, x_labels, classes=classes, seed=args.seed)
+        pool = max(fits, key=lambda name: fits[name][1])
         scores, top1 = fits[pool]
         about = {"pool": pool, "held_out_top1": 100 * top1}
     counts = {name: int(count) for name, count in count_correct(scores, labels).items()}
@@ -888,10 +893,13 @@ def open_encoders(args, device):
         asked = args if path != "none" else first or args
         weights, own = open_checkpoint(argparse.Namespace(**vars(asked) | {"checkpoint": path}))
         first = first or own
+        first.seen_seeds = sorted({*first.seen_seeds, *own.seen_seeds})
         sizes, others = ((x.image_size, x.patch_size) for x in (own, first))
         if sizes != others:
-            first = f"{first.checkpoint} {others}"
-            fail(f"{path} has --image-size and --patch-size {sizes}, {first}: compare them apart")
+            fail(
+                f"{path} has --image-size and --patch-size {sizes}, {first.checkpoint} {others}: "
+                "compare them apart"
+            )
         torch.manual_seed(args.seed)  # the same random weights on every process
         with train.refusals():
             encoder = model.build_encoder(own.model, *sizes)
@@ -933,12 +941,11 @@ def measure_cka(args, device):
     if int(patches * (1 - RATIOS[-1])) < 1:
         fail(f"with {RATIOS[-1]} hidden, none of {patches} patches is left; lower --patch-size")
     _, source = train.open_data(args, args.image_size)
+    check_held_out(source, args)
     common = dict(image_size=args.image_size, num_patches=patches, seed=args.seed)
     val_set = data.PretrainSet(source, augment=False, limit=args.val_images, **common)
     if len(val_set) < 4 * train.world_size():
-        fail(
-            f"{len(val_set)} images are too few for CKA, which needs 4, better hundreds, a process"
-        )
+        fail(f"{len(val_set)} images are too few for CKA: it needs 4 per process, better hundreds")
     dtype, found, unread = train.choose_precision(args.amp, device), {}, []
     sums = {k: torch.zeros(len(RATIOS), len(e.blocks), 3).double() for k, e in encoders.items()}
     mine = torch.arange(train.rank(), len(val_set), train.world_size()).split(args.batch_size)
@@ -1000,17 +1007,25 @@ def read_runs(folder):
 
     TASK is where a log lies below the run, such as knn; nothing for pre-training.
     """
-    found = {}
+    found, ends = {}, {}
     rows = sorted(p.name for p in folder.glob("*/") if p.is_dir())
     order = [*(name for name in losses.LOSSES if name in rows), *rows]
     for row in dict.fromkeys(order):
         logs = (folder / row).glob("*/**/log.jsonl")
         for log in sorted(logs, key=lambda log: (len(log.parts), log)):
             seed, *task = log.parent.relative_to(folder / row).parts
+            if not seed.isdigit():
+                fail(f"{log} is not of ROW/SEED/, SEED a number; --compare looks for no other logs")
             *_, last = data.read_log(log) or [{}]
             for score in (name for name in SCORES if name in last):
-                values = found.setdefault(" ".join([*task, score]), {})
-                values.setdefault(row, {})[seed] = last[score]
+                name = " ".join([*task, score])
+                found.setdefault(name, {}).setdefault(row, {})[seed] = last[score]
+                ends.setdefault(name, set()).add(last.get("epoch"))
+    for name, epochs in ends.items():
+        if len(epochs) > 1:
+            say(
+                f"{name}: logs end at different epochs, {sorted(epochs)}; are some runs unfinished?"
+            )
     return found
 
 
@@ -1024,21 +1039,26 @@ def mean_and_error(values):
 def compare(folder):
     """Means over seeds, and differences to the first row paired by seed: a table, a picture.
 
-    Pairs share what a seed fixes: the weights at the start, the order of images and their masks.
+    Pairs share what a seed fixes: order and crops of the images and, between rows whose networks
+    and kinds of mask are the same, the weights at the start and the masks.
     """
     found = read_runs(folder)
     if not found:
-        fail(f"{folder} has no results: --compare takes logs in {folder}/ROW/SEED/, see README")
+        fail(f"{folder} has no results: --compare takes logs in {folder}/ROW/SEED/ and below")
     first = next(iter(next(iter(found.values()))))
     results, charts = {}, {}
-    say(f"mean +- standard error; difference to {first}, of pairs of one seed; * above two errors")
+    say(
+        f"mean +- standard error (number of runs); difference to {first} in pairs of one seed, "
+        "* = above two of its standard errors"
+    )
     for score, rows in found.items():
         say(f"\n{score}")
         charts[score] = {row: list(seeds.values()) for row, seeds in rows.items()}
         for row, seeds in rows.items():
             mean, error = mean_and_error(charts[score][row])
             entry = dict(values=seeds, mean=mean, error=error)
-            text = f"{row:16} {mean:8.4g}" + (f" +- {error:6.2g}" if error is not None else "")
+            text = f"{row:16} {mean:8.4g}" + ("" if error is None else f" +- {error:6.2g}")
+            text += f" ({len(seeds)})"
             common = [seed for seed in seeds if seed in rows.get(first, {})]
             if row != first and common:
                 more, error = mean_and_error([seeds[s] - rows[first][s] for s in common])
@@ -1046,7 +1066,7 @@ def compare(folder):
                 star = " *" if error is not None and abs(more) > 2 * error else ""
                 text += f"   {more:+8.3g}" + ("" if error is None else f" +- {error:6.2g}{star}")
             results.setdefault(score, {})[row] = entry
-            say(text + f"   ({len(seeds)})")
+            say(text)
     with train.writing(folder):
         (folder / "compare.json").write_text(json.dumps(results, indent=1) + "\n")
         data.save_dots(folder / "compare.png", charts)
@@ -1070,8 +1090,9 @@ MUST_FIT = (
 def open_checkpoint(args):
     """Read --checkpoint -> ({name: tensor}, None for `none`; args with the sizes that it settles).
 
-    Model, image and patch size are the checkpoint's where no flag gives them; with --eval also
-    what else the network depends on. Flags that contradict it end the run.
+    Model, image and patch size are the checkpoint's where no flag gives them, and a --model or
+    --patch-size that contradicts it ends the run. With --eval, task, token, seed and classes are
+    the checkpoint's, too. seen_seeds: [seed of its training], if that was on the same --data.
     """
     path, saved, weights = args.checkpoint, dict(model="base", image_size=224, patch_size=16), None
     if path != "none":
@@ -1095,6 +1116,7 @@ def open_checkpoint(args):
             fail(f"--{flag} {given}, but {path} has {saved[what]}; leave --{flag} off")
     sizes = ("model", "image_size", "patch_size")
     settled = {what: getattr(args, what) or saved[what] for what in sizes}
+    settled["seen_seeds"] = [saved["seed"]] if saved.get("data") == args.data else []
     if args.eval:
         settled |= {what: saved[what] for what in ("task", "pool", "seed", "classes")}
         settled["width"] = saved.get("width")
@@ -1133,6 +1155,16 @@ def readable(index, bad):
     return ~torch.isin(index, torch.tensor([i for i, _ in bad], dtype=torch.long))
 
 
+def check_held_out(source, args):
+    """Were the images that are held out of a folder here held out of pre-training, too?"""
+    others = [seed for seed in args.seen_seeds if seed != args.seed]
+    if others and getattr(source, "held_out", False):
+        fail(
+            f"training with --seed {others[0]} held out other images of {args.data}: give --seed "
+            f"{others[0]}, or put validation images into {args.data}/val"
+        )
+
+
 def build_data(args):
     """-> (training, validation `LabelledSet`, args with `classes`, the names of the classes).
 
@@ -1142,6 +1174,7 @@ def build_data(args):
     if args.task in DENSE:
         return build_scenes(args)
     train_source, val_source = train.open_data(args, args.image_size)
+    check_held_out(val_source, args)
     if len(train_source.classes) < 2:
         fail(f"--data {args.data} has no classes: keep images in class folders")
     with train.refusals():
@@ -1314,7 +1347,7 @@ def build_parser():
         ("--slide", bool, True, "measure in windows, at training's scale, or all at once; segment"),
         ("--k", COUNT, 20, "neighbours that vote; knn"),
         ("--temperature", POSITIVE, 0.07, "of the votes; knn"),
-        ("--whiten", bool, False, "features first, see measure_features; knn"),
+        ("--whiten", bool, False, "first give features the same variance in every direction; knn"),
         (
             "--inception-weights",
             str,
@@ -1390,6 +1423,8 @@ def parse_args(argv=None):
         parser.set_defaults(batch_size=CKA_BATCH)
     args = parser.parse_args(argv)
     if args.compare:
+        if args.checkpoints or args.export or args.demo or args.benchmark:
+            fail("--compare reads logs alone; leave off --checkpoint, --export and --demo")
         return args
     if args.benchmark and args.checkpoints is None:
         args.checkpoints = ["none"]
@@ -1405,8 +1440,8 @@ def parse_args(argv=None):
         fail(f"--eval measures a classifier; --task {args.task} measures by itself")
     if args.task == "cka" and args.batch_size < 4:
         fail(f"--batch-size {args.batch_size} is too small for CKA; give 4 or more")
-    if args.pool == "auto" and args.task != "logistic":
-        fail(f"--pool auto is for --task logistic; give {args.task} cls or mean")
+    if args.pool == "auto" and (args.task != "logistic" or args.demo):
+        fail("--pool auto is for --task logistic alone; give cls or mean")
     if args.benchmark and args.task not in TRAINED:
         fail(f"--benchmark times training steps, and --task {args.task} has none")
     if args.task in DENSE:
@@ -1451,7 +1486,7 @@ def check_dense(args):
 
 
 def run_task(args, device):
-    """Any --task but reconstruct, or --eval -> (signal that ended it or 0, score in per cent).
+    """Any --task of one checkpoint, or --eval -> (signal that ended it or 0, score in per cent).
 
     The score is top-1, detection's box AP or segmentation's mIoU.
     """

@@ -123,8 +123,10 @@ def masked_mse(reconstruction, images, mask, patch_size, norm_pix=False, weight=
 
 
 def masked_mean(per_patch, mask, weight=1.0):
-    """Mean of per_patch (B, N) over the hidden patches, mask (B, N), 1 = hidden; the visible ones
-    give no gradient. weight: (B, N); the sum is divided by the patches' number, not by its sum.
+    """Mean of per_patch (B, N) over the hidden patches; the visible ones give no gradient.
+
+    mask: (B, N), 1 = hidden. weight: (B, N) or a number, a factor on each patch. The sum is divided
+    by the number of hidden patches, not by the sum of their weights.
     """
     return (per_patch * mask * weight).sum() / mask.sum()
 
@@ -181,8 +183,8 @@ def ms_ssim_l1(reconstruction, images, alpha=0.85, scales=4):
     smallest = min(images.shape[2:]) >> (scales - 1)
     if smallest < 3:
         raise ValueError(
-            f"{images.shape[2]} px images have no {scales} scales for MS-SSIM; "
-            f"use {3 << (scales - 1)} px or more"
+            f"images of {images.shape[2]} x {images.shape[3]} px have no {scales} scales for "
+            f"MS-SSIM; use {3 << (scales - 1)} px or more"
         )
     # Variances are differences of squares: half precision would lose them (its error rivals C2).
     with torch.autocast(images.device.type, enabled=False):
@@ -235,6 +237,7 @@ def gram(features):
     """
     B, C, H, W = features.shape
     with torch.autocast(features.device.type, enabled=False):
+        # X^T, (B, H W, C): of the channels-last maps that D returns a view, not a copy.
         flat = features.float().permute(0, 2, 3, 1).reshape(B, H * W, C)
         return flat.transpose(1, 2) @ flat / (C * H * W)
 
@@ -366,11 +369,12 @@ def masked_feature_mse(features, target, mask, weight=1.0):
 
 def info_nce(queries, targets, first=0, temperature=0.2):
     """-log softmax(s / temperature) of the right image, mean over images and places. PAPER: C-MAE's
-    eq. 11.
+    eq. 9, with s, the cosine, of eq. 10.
 
-    queries: (B, n, C); targets: (M, n, C), of which first + b is query b's. s: their cosine. A
-    query is compared with what stands at its own place in all M images: of one image, positions
-    alone would tell targets apart. PAPER SILENT: negatives. Chance, all equal: log M.
+    queries: (B, n, C); targets: (M, n, C), of which first + b is query b's. PAPER SILENT: the
+    negatives. A query is compared with the targets at its own place in all M images; among places
+    of one image, position embeddings alone would tell the targets apart. With all similarities
+    equal, the loss is log M.
     """
     with torch.autocast(queries.device.type, enabled=False):
         q, t = (F.normalize(x.float(), dim=2) for x in (queries, targets.detach()))
@@ -394,7 +398,8 @@ def segmentation_loss(logits, target, aux_logits=None, aux_weight=0.4):
 
     logits, aux_logits: (B, classes, H, W). target: (B, H, W), integers; 255 = ignored. Returns:
     scalar, 0 with a gradient of 0 where all pixels are ignored (F.cross_entropy: NaN).
-    PAPER SILENT: the loss and the weight; both are mmsegmentation's, which divides by all pixels.
+    PAPER SILENT: the loss and the weight; both are mmsegmentation's. DIFFERS: it divides by the
+    number of all pixels, ignored ones included.
     """
     target = target.long()
     labelled = (target != IGNORED).sum().clamp(min=1)
@@ -439,7 +444,7 @@ def ssim(x, y, weight=None):
     return (values * weight).flatten(1).sum(dim=1) / weight.flatten(1).sum(dim=1).clamp(min=1)
 
 
-KINDS = ("pasted", "full")  # reconstructions: hidden part in the visible patches; as predicted
+KINDS = ("pasted", "full")  # reconstructions: with the true visible patches; as predicted
 METRICS = ("psnr", "ssim", "psnr_mean_fill")  # of the hidden part; then of the whole image
 METRICS += tuple(f"{name}_{kind}" for kind in KINDS for name in ("l1", "psnr", "ssim"))
 
@@ -447,11 +452,11 @@ METRICS += tuple(f"{name}_{kind}" for kind in KINDS for name in ("l1", "psnr", "
 def image_quality(fake, real, hidden):
     """Pixel metrics of reconstructions -> ({name: sum over the batch}, {"pasted", "full": images}).
 
-    fake, real: (B, 3, H, W). hidden: (B, 1, H, W), 1 = hidden. L1 (of pixels in [0, 1]), PSNR (dB)
-    and SSIM of the whole image, for the full prediction and for its hidden part pasted into the
-    visible patches; psnr and ssim: of the hidden pixels, and of windows centred on them, pasted;
-    psnr_mean_fill: of the mean visible colour in their place. PAPER SILENT: which of these Table 1
-    gives. Reconstructions have 8 bits, as when written to a file.
+    fake, real: (B, 3, H, W). hidden: (B, 1, H, W), 1 = hidden. l1_... (pixels in [0, 1]), psnr_...
+    (dB) and ssim_... are of the whole image: "full" as predicted, "pasted" with the true visible
+    patches. psnr is of the hidden pixels; ssim, of the windows of the pasted image that are centred
+    on them; psnr_mean_fill, of hidden pixels painted in the mean visible colour. PAPER SILENT:
+    which of these Table 1 gives. Reconstructions have 8 bits, as when written to a file.
     """
     fake = (fake.clamp(0, 1) * 255).round() / 255
     fakes = {"pasted": torch.where(hidden > 0, fake, real), "full": fake}
@@ -582,7 +587,8 @@ def overlaps(found, truth, crowd):
     """Intersection over union of D detections with G objects, (D, G), and the former's areas (D,).
 
     found, truth: float64 boxes (D, 4) and (G, 4), xyxy, or bool masks (D, H, W) and (G, H, W).
-    Of groups, crowd (G,), the intersection over the detection's own area.
+    crowd: (G,) bool, COCO's iscrowd, one mask for a group of objects: there the intersection is
+    divided by the detection's own area, not by the union.
     """
     if found.ndim == 3:
         pixels = found[0].size  # float32: fast, and exact up to 16.7 million of them
@@ -602,8 +608,8 @@ def match_class(ious, crowd, ignored):
     """Give detections of one class, best first, an object each: two bool arrays (D, A, T).
 
     ious: (D, G), crowd: (G,), ignored: (A, G), objects that count neither way in an area range.
-    Returns: was there an object? is it ignored? One detection at a time takes the free object of
-    the largest overlap, a group however often, and an ignored one only where no other is left.
+    Returns: was there an object? is it ignored? Each detection in turn takes the free object that
+    overlaps it most, and an ignored one only where no other is left; a crowd stays free.
     """
     D, G = ious.shape
     A, T = len(ignored), len(IOU_THRESHOLDS)
@@ -691,7 +697,7 @@ def confusion_matrix(prediction, target, classes):
 
     prediction, target: integers of one shape; target 255, unknown, does not count.
     """
-    known = target != 255
+    known = target != IGNORED
     pairs = target[known].long() * classes + prediction[known].long()
     return pairs.bincount(minlength=classes * classes).view(classes, classes)
 

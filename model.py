@@ -4,12 +4,13 @@ Implements the MAE of He et al. 2022 as the Perceptual MAE paper configures it (
 supplement's Table 1), its skip connections (sec. 3.3), the discriminators D of sec. 3.1 and 3.2,
 each of which is also the loss network phi, adaptive discriminator augmentation (sec. 3.2), and
 what fine-tuning puts on the encoder: classifier (sec. 4), detector, segmenter (supplement A.2).
-Between the two stand siblings, MAE with one thing changed, from other papers.
+Between pre-training and fine-tuning stand siblings: MAE with one thing changed, from other papers.
+At the end: phi of eq. 7 (dVAE, VGG), Inception for FID, and weights in and out.
 
-Self-contained: needs only torch. Every network takes images as float (B, 3, H, W) in [0, 1]
-and normalises them on its own first line; reconstructions come back in the same units. Parameter
-names are those of the published MAE, so its checkpoints load strictly into `MAE`, and the encoder
-loads into timm's ViT.
+Self-contained: needs only torch (the detector, VGG and Inception also torchvision, .safetensors
+files safetensors). Every network takes images as float (B, 3, H, W) in [0, 1] and normalises them
+on its own first line; reconstructions come back in the same units. Parameter names are those of the
+published MAE, so its checkpoints load strictly into `MAE`, and the encoder loads into timm's ViT.
 
     mae = build_mae("base")                                # 224 px, 16 px patches
     reconstructions, mask = mae(images, mask_ratio=0.75)   # [(B, 3, 224, 224)], (B, 196)
@@ -277,6 +278,12 @@ class ViT(nn.Module):
         x = x + (positions if ids_keep is None else positions[0][ids_keep])
         return self.run_blocks(x, levels)
 
+    def layers(self):
+        """Parameters from input to output: [[embedding], [block 1], ..., [norm]]."""
+        embedding = [self.cls_token, *self.patch_embed.parameters()]
+        blocks = [list(block.parameters()) for block in self.blocks]
+        return [embedding, *blocks, list(self.norm.parameters())]
+
     def run_blocks(self, x, levels=()):
         """Embedded patches (B, K, C) with their positions -> what `encode` returns."""
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + K, C)
@@ -365,11 +372,13 @@ class MAE(ViT):
         return self.decode(inputs), mask
 
     def reconstruct(self, images, mask_ratio, mask_noise):
-        """What is shown and measured: MAE's `forward`, also of a sibling with another one."""
+        """What is shown and measured: MAE's `forward`, even where a sibling has its own."""
         return MAE.forward(self, images, mask_ratio, mask_noise)
 
     def decoder_inputs(self, images, ids_keep, ids_restore):
-        """-> [the decoder's input, then the skips if there are any], (B, 1 + N, d) each."""
+        """Encode the patches ids_keep (B, K) -> [the decoder's input, then skips if there are any],
+        (B, 1 + N, d) each.
+        """
         tokens, _ = self.encode(images, ids_keep)  # (B, 1 + K, C)
         return [self.to_decoder(tokens, ids_restore)]
 
@@ -769,8 +778,7 @@ class StyleGAN2Discriminator(nn.Module):
     def forward(self, images):
         """[(B, 3, h, w)] in [0, 1], finest first -> logits (B,), [(B, C_j, h_j, w_j)].
 
-        PAPER SILENT: which of D's layers are phi. The map at the end of each block, before the
-        next image joins it: what D has seen, not what it is shown.
+        phi: see `MSGDiscriminator.forward`.
         """
         images = [2 * x - 1 for x in images]  # to [-1, 1]
         rgb = [layer(x) for layer, x in zip(self.from_rgb, images, strict=True)]
@@ -926,8 +934,9 @@ class AdaAugment:
     reach the images. State: p, and the statistics since its last change.
 
         T, C = ada.sample(seeds, size)                             # one draw per image
-        logits = disc(ada(reals, T, C)), disc(ada(preds, T, C))   # lists of scales
-        ada.update(share_of_reals_called_real, images)            # once per step
+        real, _ = disc(ada(reals, T, C))                           # lists of scales
+        fake, _ = disc(ada(reconstructions, T, C))
+        ada.update((real > 0.5).float().mean().item(), len(real))  # once per step
     """
 
     def __init__(
@@ -1011,8 +1020,9 @@ class AdaAugment:
 # ---- Siblings: MAE with one thing changed --------------------------------------------------------
 #
 # Not of the Perceptual MAE paper. BootMAE and the regression of features: Dong et al. 2022; R-MAE
-# and C-MAE: Kong and Zhang 2023. A forward pass takes what MAE's takes, and returns what the loss
-# compares (train.py, "Siblings"). PAPER, PAPER SILENT and DIFFERS mean the sibling's paper here.
+# and C-MAE: Kong and Zhang 2023. A forward pass takes images (C-MAE: two views of each), mask_ratio
+# and mask_noise, as MAE's but without defaults, and returns what the loss compares (train.py,
+# "Siblings"). PAPER, PAPER SILENT and DIFFERS mean the sibling's paper here.
 
 
 @torch.no_grad()
@@ -1150,8 +1160,9 @@ class RMAE(MAE):
     """MAE that has to paint the same from two views of an image, one of which sees what the other
     does not: occlusion must not matter. second: what the other view sees; "complement": all that
     is hidden from the first; "independent" (R-MAE with a dagger): a choice of its own, as much as
-    that; "whole" (double dagger): everything. PAPER: R-MAE, eq. 6 and 8. PAPER SILENT: for the
-    daggers, which patches count; those that the second view alone sees.
+    that; "whole" (double dagger): everything. PAPER: R-MAE, eq. 6 and 8; with a dagger, the loss
+    is that of "the common parts of the masked patches of T1 and unmasked patches of T2". PAPER
+    SILENT: which patches count for the double dagger; here too, those hidden from the first view.
     """
 
     def __init__(self, *, second="complement", **sizes):
@@ -1168,8 +1179,9 @@ class RMAE(MAE):
         # Places in the order "visible first", as `random_masking` makes it, of the second view.
         if self.second == "complement":  # the order starts where the first view's sight ends
             places, seen = (ids_restore - K) % N, N - K
-        elif self.second == "independent":  # the noise's last bits know nothing of the first ones
-            places, seen = (4096 * mask_noise % 1).argsort(dim=1).argsort(dim=1), N - K
+        elif self.second == "independent":  # by the last 12 of the noise's 24 bits; a few are tied
+            places = (4096 * mask_noise % 1).argsort(dim=1, stable=True).argsort(dim=1)
+            seen = N - K
         else:
             places, seen = ids_restore, N
         keep = places.argsort(dim=1)[:, :seen]
@@ -1232,9 +1244,9 @@ class CMAE(ContrastBranch):
         _, _, mask = random_masking(mask_noise, mask_ratio)
         one, two = views.unbind(1)
         pairs = []
-        for mine, hidden, other, rest in [(one, mask, two, 1 - mask), (two, 1 - mask, one, mask)]:
+        for mine, hidden, other, there in [(one, mask, two, 1 - mask), (two, 1 - mask, one, mask)]:
             with torch.no_grad():
-                targets = self.teacher.embed(other, rest)
+                targets = self.teacher.embed(other, there)
             pairs.append((self.predictor(self.embed(mine, hidden)), targets))
             if not self.symmetric:
                 break
@@ -1257,8 +1269,8 @@ def open_teacher(path, image_size, patch_size):
     sizes = published_sizes(weights, path, remedy="take another teacher")
     if sizes["patch_size"] != patch_size:
         raise ValueError(
-            f"{path} has patches of {sizes['patch_size']} px, this run {patch_size}: features of "
-            "one cannot be told for the other; give --patch-size the former"
+            f"{path} has patches of {sizes['patch_size']} px, this run has {patch_size}, so its "
+            f"features are of other patches; give --patch-size {sizes['patch_size']}"
         )
     teacher = build_encoder(sizes["model"], image_size, patch_size)
     load_whole(teacher, encoder_weights(weights, teacher.side, path), path)
@@ -1341,10 +1353,9 @@ class Classifier(nn.Module):
             return self.head(x.float())  # half precision would tie logits that differ by a 16th
 
     def layers(self):
-        """Parameters from input to output, [[embedding], [block 1], ..., [norm, head]]."""
-        embedding = [self.encoder.cls_token, *self.encoder.patch_embed.parameters()]
-        top = [*self.encoder.norm.parameters(), *self.head.parameters()]
-        return [embedding, *(list(b.parameters()) for b in self.encoder.blocks), top]
+        """Parameters from input to output: [[embedding], [block 1], ..., [norm, head]]."""
+        *below, norm = self.encoder.layers()
+        return [*below, norm + list(self.head.parameters())]
 
 
 def build_encoder(size, image_size, patch_size, drop=0.0):
@@ -1365,8 +1376,8 @@ def group_norm(channels):
     """GroupNorm of at most 32 groups, of 8 channels or more; `channels` is a multiple of 8.
 
     PAPER SILENT: the norm of heads and pyramids. This one has no running statistics, so that it
-    does the same in training and use, for any batch and on any number of processes; it takes a
-    single image, a 1 x 1 map and 0 regions (BatchNorm, UperNet's own, takes none of the three).
+    does the same in training and use, for any batch and on any number of processes; it also takes
+    a 1 x 1 map of a single image, as UperNet's coarsest pooling may give it (BatchNorm does not).
     """
     return nn.GroupNorm(math.gcd(32, channels // 8), channels)
 
@@ -1377,6 +1388,7 @@ class FeaturePyramid(nn.Module):
     PAPER: supplement A.2. A ViT has one scale; levels [0, 4, 8, 12] of its 12 blocks are resampled
     to the four of a convolutional network, "bilinear interpolation is used with a scale factor of
     two (if required) followed by a 3x3 convolution"; down, "a 3x3 convolution" (here of stride 2).
+    Sec. 4 speaks of "intermediate feature maps of MSG-MAE": of its encoder, as for any other row.
     PAPER SILENT: which level gives which map (early ones the fine maps); one convolution per
     factor of two; its width, `width` from the first on, since the ViT's own would cost more than
     the encoder (for ViT-B at 224 px 25 against 17 billion multiplications; at 256 channels 5); a
@@ -1418,11 +1430,10 @@ class FeaturePyramid(nn.Module):
         return [layers(x) for layers, x in zip(self.resample, grids, strict=True)]
 
     def layers(self):
-        """Parameters from input to output, [[embedding], [block 1], ..., [norm, maps, heads]]."""
-        embedding = [self.encoder.cls_token, *self.encoder.patch_embed.parameters()]
+        """Parameters from input to output: [[embedding], [block 1], ..., [norm, maps, heads]]."""
+        *below, norm = self.encoder.layers()
         top = [p for name, p in self.named_parameters() if not name.startswith("encoder.")]
-        top += self.encoder.norm.parameters()
-        return [embedding, *(list(b.parameters()) for b in self.encoder.blocks), top]
+        return [*below, norm + top]
 
 
 # ---- Detection: Mask R-CNN over the pyramid (supplement A.2, Table 3) ----------------------------
@@ -1471,8 +1482,9 @@ class Detector(FeaturePyramid):
     """Mask R-CNN (He et al. 2017) over the pyramid of a ViT: boxes, classes and masks of objects.
 
     PAPER: supplement A.2, "the original Mask-RCNN head" over an FPN. FPN, RPN and heads are
-    torchvision's; its own frame is not, which resizes images, infers scales from the first batch
-    and moves masks by half a pixel. To copy: needs torchvision too.
+    torchvision's; the model around them is ours: torchvision's resizes images, and pastes masks
+    half a pixel off. RoI pooling infers the scales of its maps from the first batch, which is safe
+    only because `maps` refuses all image sizes but one. To copy: needs torchvision too.
     PAPER SILENT: width of the FPN (256, its own), norm (GroupNorm), and the heads' depth: an RPN of
     two convolutions, a box head of four and a linear layer, as detectors with a plain ViT have
     them (Li et al. 2021, ViTDet).
@@ -1913,9 +1925,11 @@ PUBLISHED = {
 def build_loss_network(kind, path=None, random=False):
     """A frozen phi, "dvae" or "vgg", with its published weights; ValueError if they do not fit.
 
-    path: the published file; None downloads it (vgg alone). random: no weights at all.
+    path: the published file; None downloads it (vgg alone). random: weights as initialised, for
+    tests and timing.
     """
-    phi, (url, what) = DVAEEncoder() if kind == "dvae" else VGGFeatures(), PUBLISHED[kind]
+    phi = DVAEEncoder() if kind == "dvae" else VGGFeatures()
+    url, what = PUBLISHED[kind]
     if random:
         return phi
     try:
@@ -1965,8 +1979,9 @@ def load_autoencoder(mae, weights, path):
     a sibling with a teacher: the encoder alone.
     """
     expected = mae.state_dict()
-    siblings = hasattr(mae, "teacher") or any(k.startswith(SIBLINGS_OWN) for k in weights)
-    decoder = {k: v for k, v in weights.items() if k.startswith(DECODER) and not siblings}
+    either_is_sibling = hasattr(mae, "teacher") or any(k.startswith(SIBLINGS_OWN) for k in weights)
+    wanted = () if either_is_sibling else DECODER
+    decoder = {k: v for k, v in weights.items() if k.startswith(wanted)}
     if "decoder_pos_embed" in decoder:  # fixed
         decoder["decoder_pos_embed"] = expected["decoder_pos_embed"]
     encoder = encoder_weights(weights, mae.side, path)
@@ -2128,6 +2143,26 @@ def to_hf(weights):
     return out
 
 
+def from_hf(weights):
+    """Weights of transformers' ViTMAE or ViTMAEModel -> {our name: tensor}; unknown names stay."""
+    theirs, ours = {}, {}
+    for name, value in weights.items():
+        name = name if name.startswith(("vit.", "decoder.")) else f"vit.{name}"
+        for newer, older in HF_NEWER.items():
+            name = name.replace(newer, older)
+        theirs[name] = value
+    blocks = {int(n) for name in theirs for n in re.findall(r"layers?\.(\d+)\.", name)}
+    stems = list(HF_OUTSIDE)
+    for part, number in itertools.product(("blocks", "decoder_blocks"), sorted(blocks)):
+        stems += [f"{part}.{number}.{layer}" for layer in HF_IN_BLOCK]
+    for name in [stem + end for stem in stems for end in ("", ".weight", ".bias")]:
+        names = hf_names(name)
+        if all(n in theirs for n in names):
+            parts = [theirs.pop(n) for n in names]
+            ours[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return ours | theirs
+
+
 def from_others(weights):
     """Weights of a ViT-MAE or its encoder, as the published MAE, timm or Hugging Face name them.
 
@@ -2135,23 +2170,7 @@ def from_others(weights):
     is not ours is kept, for strict loading to judge.
     """
     if any(k.startswith(("vit.", "embeddings.")) for k in weights):
-        theirs = {}
-        for name, value in weights.items():
-            name = name if name.startswith(("vit.", "decoder.")) else f"vit.{name}"
-            for newer, older in HF_NEWER.items():
-                name = name.replace(newer, older)
-            theirs[name] = value
-        blocks = {int(n) for name in theirs for n in re.findall(r"layers?\.(\d+)\.", name)}
-        stems = list(HF_OUTSIDE)
-        for part, number in itertools.product(("blocks", "decoder_blocks"), sorted(blocks)):
-            stems += [f"{part}.{number}.{layer}" for layer in HF_IN_BLOCK]
-        weights = {}
-        for name in [stem + end for stem in stems for end in ("", ".weight", ".bias")]:
-            names = hf_names(name)
-            if all(n in theirs for n in names):
-                parts = [theirs.pop(n) for n in names]
-                weights[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
-        weights |= theirs  # whatever is not known
+        weights = from_hf(weights)
     left_out = [k for k in weights if k.startswith("head.")]
     return {k: v for k, v in weights.items() if k not in left_out}, left_out
 

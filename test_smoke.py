@@ -2386,7 +2386,7 @@ def test_a_run_says_where_it_begins_how_it_goes_on_and_that_it_ends_below_mean_f
         for more in (["--steps", 1], []):
             assert command(*FAST, *flags, root, *more)[0] == 0
     lines = [call.args[0] for call in say.call_args_list]
-    expected = ["from the start: 8 training images, 4 per step", "the same command continues"]
+    expected = ["from the start: 8 training images, 4 per step", "without --steps"]
     expected += [
         "from step 1: 8 training images",
         "try more than 2 steps, or another --lr than 1e-09",
@@ -2622,6 +2622,11 @@ def test_an_evaluation_takes_the_images_that_training_held_out():
         assert found["images"] == 8 and found["seed"] == 1
         close(found["results"]["mse"]["psnr_full"], log["psnr_full"], 1e-3)
         tune_refused(*given, "--checkpoint", one, two, names=["different images", "val"])
+        for task in ("knn", "cka"):  # tasks that take --seed: the images held out must be the same
+            flags = ["--task", task, "--data", root / "photos", "--workers", 0, "--batch-size", 4]
+            flags += ["--checkpoint", one, "--out", root / task]
+            tune_refused(*flags, "--seed", 2, names=["give --seed 1", "photos/val"])
+            assert tune(*flags, "--seed", 1)[0] == 0
         with open(root / "1" / "log.jsonl", "a") as log:
             log.write('{"epoch": 2, "ps')  # a full disk
         assert tune(*given, "--checkpoint", one)[0] == 0
@@ -3717,6 +3722,10 @@ def test_logistic_regression_takes_the_token_that_suits_held_out_images():
 def test_seeds_are_compared_by_hand_values():
     with scratch() as root:
         tune_refused("--compare", root, names=["--compare takes logs"])
+        tune_refused("--compare", root, "--demo", names=["reads logs alone"])
+        write_results(root / "flat" / "runs" / "mse", knn={"top1": 1.0})  # RUNS/ROW/TASK
+        tune_refused("--compare", root / "flat", names=["mse/knn/log.jsonl", "ROW/SEED"])
+        root = root / "seeds"
         for seed, psnr, top1 in ((0, 17.0, 40.0), (1, 18.0, 44.0), (2, 16.0, 42.0)):
             write_results(root / "mse" / str(seed), own={"psnr": psnr}, knn={"top1": top1})
             more = {"top1": top1 + seed + 1}  # 1, 2 and 3 better

@@ -234,7 +234,8 @@ def step_gradients(run, batches, eq3_on, progress, args):
     """Accumulate the mean gradient of a step's batches -> {name: mean of the term over them}."""
     totals, share = {}, 1 / len(batches)
     for number, (images, mask_noise, seeds, *_) in enumerate(batches, start=1):
-        images = data.to_float(images.to(run.device, non_blocking=True))  # (B, 3, H, W) in [0, 1]
+        # (B, 3, H, W) in [0, 1], or (B, views, 3, H, W)
+        images = data.to_float(images.to(run.device, non_blocking=True))
         batch = images, mask_noise.to(run.device, non_blocking=True), seeds
         terms = {}
         if LOSSES[args.loss]["path"] or args.r1_gamma:
@@ -361,7 +362,7 @@ def pretrain(args, device):
 def feature_mae_terms(run, images, mask_noise, epoch, args):
     """Features of a trained MAE, --teacher, are predicted where patches are hidden.
 
-    PAPER SILENT: the loss; BootMAE's, every hidden patch the same.
+    PAPER SILENT: the loss; here BootMAE's, but every hidden patch counts the same.
     """
     with run.autocast():
         features, target, mask = run.mae(images, args.mask_ratio, mask_noise)
@@ -371,8 +372,9 @@ def feature_mae_terms(run, images, mask_noise, epoch, args):
 def boot_mae_terms(run, images, mask_noise, epoch, args):
     """Pixels, and the features of the encoder's own moving average; dense holes count more.
 
-    PAPER SILENT: the second term's weight, which grows to 1 over the first quarter of the epochs,
-    and targets; its code normalises each patch and channel, here as in `mse`: --norm-pix-loss.
+    PAPER SILENT: the second term's weight, which in its code grows to 1 over the first quarter of
+    the epochs, as here; whether target patches are normalised, which they are there, for each
+    channel. Here as in `mse`: --norm-pix-loss.
     """
     with run.autocast():
         image, features, target, mask = run.mae(images, args.mask_ratio, mask_noise)
@@ -437,9 +439,9 @@ def backward_sibling(run, images, mask_noise, epoch, share, args):
 
 
 def targets_of_all(targets):
-    """Targets (B, n, C) of every process (W B, n, C), and which of them is this one's first.
+    """Targets (B, n, C) -> (those of all W processes (W B, n, C), place of this one's first).
 
-    In validation only this process's: its parts differ in length.
+    In validation this process's alone, since parts of the validation set differ in length.
     """
     if not dist.is_initialized() or not torch.is_grad_enabled():
         return targets, 0
@@ -574,7 +576,7 @@ def check_gpu(device):
     if not gpu_is_supported(torch.cuda.get_device_capability(device), architectures):
         fail(
             f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} "
-            f"(it has {', '.join(architectures)}); see 'V100' in README.md, Install"
+            f"(it has {', '.join(architectures)}); see 'V100' in README.md, Start"
         )
 
 
@@ -1025,9 +1027,14 @@ def finished(progress, args):
 
 def ending(stopping, progress, args):
     """The last line of a run."""
-    if stopping:
-        return f"stopped at step {progress['step']}; the same command continues"
-    return f"done: results are in {args.out}"
+    if not stopping:
+        return f"done: results are in {args.out}"
+    how = "the same command continues"
+    if args.steps and progress["step"] >= args.steps:
+        how = "without --steps, or with more of them, it continues"
+    elif args.resume != "auto":
+        how = "the same command with --resume auto continues"
+    return f"stopped at step {progress['step']}; {how}"
 
 
 # ---- Steps and epochs: what is shared, counted and logged ----------------------------------------
@@ -1180,7 +1187,7 @@ def finish_epoch(run, progress, lr, validation_part, args):
 def read_validation_part(dataset, rank, world):
     """This process's part of a validation set.
 
-    -> (images (n, 3, S, S) uint8, mask_noise (n, N), number of unreadable images everywhere).
+    -> (images (n, *dataset.shape) uint8, mask_noise (n, N), unreadable images of all processes).
     """
     unreadable = []
     samples = [dataset[0, i] for i in range(rank, len(dataset), world)]
@@ -1214,8 +1221,9 @@ def reconstruct(run, images, mask_noise, args):
 def validate(run, images, mask_noise, args):
     """`image_quality` of all processes' fixed images -> {name: mean over images}.
 
-    Of a sibling that paints nothing: val_loss, the sum of its terms, mean over batches. Contrast
-    is within a batch of one process: compare it at equal --batch-size and processes alone.
+    Of a sibling that paints nothing: val_loss, the sum of its terms, mean over images. Contrast is
+    among the images of one process's batch: compare it only at equal --batch-size and number of
+    processes.
     """
     paints = LOSSES[args.loss]["pixel"] is not None
     totals = {"images": len(images)}
@@ -1615,7 +1623,7 @@ def main(argv=None):
         benchmark(args, device)
     else:
         stopped = pretrain(args, device)
-    if args.demo and not args.benchmark and not stopped:
+    if args.demo and not (args.benchmark or args.steps or stopped):
         explain_demo(Path(args.out))
     stop_processes()
     return 128 + stopped if stopped else 0
