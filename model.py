@@ -1862,7 +1862,7 @@ def load_file(path, kind="a checkpoint"):
     except ImportError:
         raise ValueError(f"{path} needs the package safetensors: pip install safetensors") from None
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
+        raise ValueError(f"{path} does not exist; give the path of {kind}") from None
     except Exception as error:  # anything can be in the file
         raise ValueError(f"{path} is not {kind} ({type(error).__name__})") from None
     if not isinstance(content, dict):

@@ -1029,11 +1029,12 @@ def ending(stopping, progress, args):
     """The last line of a run."""
     if not stopping:
         return f"done: results are in {args.out}"
-    how = "the same command continues"
+    change = []
     if args.steps and progress["step"] >= args.steps:
-        how = "without --steps, or with more of them, it continues"
-    elif args.resume != "auto":
-        how = "the same command with --resume auto continues"
+        change.append("raise --steps or leave it off")
+    if args.resume != "auto":
+        change.append("add --resume auto")
+    how = f"to continue, {' and '.join(change)}" if change else "the same command continues"
     return f"stopped at step {progress['step']}; {how}"
 
 
