@@ -1023,9 +1023,8 @@ def read_runs(folder):
                 ends.setdefault(name, set()).add(last.get("epoch"))
     for name, epochs in ends.items():
         if len(epochs) > 1:
-            say(
-                f"{name}: logs end at different epochs, {sorted(epochs)}; are some runs unfinished?"
-            )
+            epochs = sorted(epochs, key=str)
+            say(f"{name}: logs end at different epochs, {epochs}; are some runs unfinished?")
     return found
 
 
@@ -1036,8 +1035,23 @@ def mean_and_error(values):
     return values.mean().item(), error
 
 
+def summary(rows, first):
+    """{row: {seed: value}} -> {row: {values, mean, error, difference, difference_error}}.
+
+    Differences are to the row `first`, in pairs of one seed; errors are standard errors.
+    """
+    found = {}
+    for row, seeds in rows.items():
+        mean, error = mean_and_error(list(seeds.values()))
+        found[row] = dict(values=seeds, mean=mean, error=error)
+        pairs = [value - rows[first][seed] for seed, value in seeds.items() if seed in rows[first]]
+        if row != first and pairs:
+            found[row]["difference"], found[row]["difference_error"] = mean_and_error(pairs)
+    return found
+
+
 def compare(folder):
-    """Means over seeds, and differences to the first row paired by seed: a table, a picture.
+    """Means over seeds, and differences to the first row in pairs of one seed: a table, a picture.
 
     Pairs share what a seed fixes: order and crops of the images and, between rows whose networks
     and kinds of mask are the same, the weights at the start and the masks.
@@ -1045,28 +1059,28 @@ def compare(folder):
     found = read_runs(folder)
     if not found:
         fail(f"{folder} has no results: --compare takes logs in {folder}/ROW/SEED/ and below")
-    first = next(iter(next(iter(found.values()))))
-    results, charts = {}, {}
+    results = {score: summary(rows, next(iter(rows))) for score, rows in found.items()}
     say(
-        f"mean +- standard error (number of runs); difference to {first} in pairs of one seed, "
-        "* = above two of its standard errors"
+        "mean +- standard error (runs); difference to the first row +- its own, * = above two of it"
     )
-    for score, rows in found.items():
+
+    def with_error(value, error, digits):
+        return f"{value:{digits}}" + ("" if error is None else f" +- {error:6.2g}")
+
+    for score, rows in results.items():
         say(f"\n{score}")
-        charts[score] = {row: list(seeds.values()) for row, seeds in rows.items()}
-        for row, seeds in rows.items():
-            mean, error = mean_and_error(charts[score][row])
-            entry = dict(values=seeds, mean=mean, error=error)
-            text = f"{row:16} {mean:8.4g}" + ("" if error is None else f" +- {error:6.2g}")
-            text += f" ({len(seeds)})"
-            common = [seed for seed in seeds if seed in rows.get(first, {})]
-            if row != first and common:
-                more, error = mean_and_error([seeds[s] - rows[first][s] for s in common])
-                entry |= dict(difference=more, difference_error=error)
-                star = " *" if error is not None and abs(more) > 2 * error else ""
-                text += f"   {more:+8.3g}" + ("" if error is None else f" +- {error:6.2g}{star}")
-            results.setdefault(score, {})[row] = entry
+        for row, entry in rows.items():
+            text = with_error(entry["mean"], entry["error"], "8.4g")
+            text = f"{row:16} {text} ({len(entry['values'])})"
+            if "difference" in entry:
+                more, error = entry["difference"], entry["difference_error"]
+                text += "   " + with_error(more, error, "+8.3g")
+                text += " *" * (error is not None and abs(more) > 2 * error)
             say(text)
+    charts = {
+        score: {row: list(seeds.values()) for row, seeds in rows.items()}
+        for score, rows in found.items()
+    }
     with train.writing(folder):
         (folder / "compare.json").write_text(json.dumps(results, indent=1) + "\n")
         data.save_dots(folder / "compare.png", charts)
