@@ -1471,6 +1471,14 @@ def save_curves(path, rows, panels, across=3):
         save_charts(path, charts, across=across)
 
 
+def round_ticks(low, high):
+    """Two to six multiples of 1, 2 or 5 times a power of ten, from `low` to `high`."""
+    least = (high - low) / 5  # between two ticks
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(power * part for part in (1, 2, 5, 10) if power * part >= least * (1 - 1e-9))
+    return [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
 def save_dots(path, charts, across=3):
     """Write a PNG of values by row: a dot for each, and where there are two or more their mean, in
     a bar of one standard error to either side.
@@ -1492,11 +1500,10 @@ def save_dots(path, charts, across=3):
         margin = max(max(values) - min(values), 1e-9) / 12
         low, span = min(values) - margin, max(values) - min(values) + 2 * margin
         draw.text((x0, y0 - 10 * fine), title, "black", big, anchor="ls")
-        for part in range(3):
-            x = x0 + (x1 - x0) * part / 2
+        for tick in round_ticks(low, low + span):
+            x = x0 + (x1 - x0) * (tick - low) / span
             draw.line([(x, y0), (x, y1)], "#dddddd", fine)
-            label = f"{low + span * part / 2:.3g}"
-            draw.text((x, y1 + 4 * fine), label, "#555555", small, anchor="mt")
+            draw.text((x, y1 + 4 * fine), f"{tick:.6g}", "#555555", small, anchor="mt")
         for number, name in enumerate(names):
             y, colour = (
                 y0 + line * (number + 0.5) * fine,

@@ -1077,10 +1077,11 @@ def compare(folder):
                 text += "   " + with_error(more, error, "+8.3g")
                 text += " *" * (error is not None and abs(more) > 2 * error)
             say(text)
-    charts = {
-        score: {row: list(seeds.values()) for row, seeds in rows.items()}
-        for score, rows in found.items()
-    }
+    charts = {}
+    for name, rows in found.items():
+        *task, score = name.split()
+        title = " ".join([*task, SCORES[score]])
+        charts[title] = {row: list(seeds.values()) for row, seeds in rows.items()}
     with train.writing(folder):
         (folder / "compare.json").write_text(json.dumps(results, indent=1) + "\n")
         data.save_dots(folder / "compare.png", charts)
@@ -1308,7 +1309,14 @@ TRAINED = ("linear", "finetune", *DENSE)
 ONCE = ("knn", "logistic")  # see each image once, without augmentation
 SEVERAL = ("reconstruct", "cka")  # compare any number of checkpoints
 CKA_BATCH = 256  # its estimate is the noisier, the fewer images are compared with each other
-SCORES = ("psnr", "ssim", "top1", "ap", "miou")  # what --compare looks for in logs
+# What --compare looks for in logs, and how its picture calls it.
+SCORES = {
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "top1": "top-1, %",
+    "ap": "box AP, %",
+    "miou": "mIoU, %",
+}
 PENALTIES = [10.0**n for n in range(-5, 0)]  # on the weights of logistic regression
 # `--demo`: measures what `train.py --demo` wrote against random weights, on two CPU cores.
 DEMO = dict(

@@ -3748,6 +3748,17 @@ def test_seeds_are_compared_by_hand_values():
         assert Image.open(root / "compare.png").width > 500
 
 
+def test_ticks_of_a_chart_are_round_and_enough():
+    assert data.round_ticks(-0.5, 4.5) == [0, 1, 2, 3, 4]
+    close(data.round_ticks(0.399, 0.427), [0.4, 0.41, 0.42], 1e-12)
+    rng = np.random.default_rng(0)
+    for low, exponent in zip(rng.normal(0, 50, 200), rng.uniform(-4, 4, 200), strict=True):
+        ticks = data.round_ticks(low, high := low + 10**exponent)
+        assert 2 <= len(ticks) <= 6 and low <= ticks[0] <= ticks[-1] <= high, (low, high, ticks)
+        step = f"{ticks[1] - ticks[0]:.0e}"
+        assert step[0] in "125", (low, high, ticks)
+
+
 def test_every_kind_of_autoencoder_and_published_files_load_as_they_were():
     images = tiny_batch()[0]
     with scratch() as folder:
