@@ -577,9 +577,10 @@ class PretrainSet(Dataset):
     draws of its own: pre-training on 1 to 1000 images (Kong and Zhang 2023, Table 6, who do not say
     how long an epoch is). What does not fit in one epoch comes in the next.
 
-    PAPER: supplement, Table 1: RandomResizedCrop and colour jitter 0.4. PAPER SILENT: crop scale
-    (.2, 1) and flips are MAE's; jitter is of brightness, contrast and saturation, not of hue (the
-    authors' code varies gamma under the name of brightness).
+    PAPER: supplement, Table 1: RandomResizedCrop and colour jitter 0.4 (the text: as MAE, which
+    has no jitter; --jitter 0). PAPER SILENT: crop scale (.2, 1) and flips are MAE's; jitter is of
+    brightness, contrast and saturation, not of hue (the authors' code varies gamma under the name
+    of brightness).
     """
 
     def __init__(

@@ -209,7 +209,8 @@ def pixel_loss(kind, fakes, reals, mask, *, patch_size, norm_pix=False, alpha=0.
     images, [(B, 3, H, W), (B, 3, H/2, W/2), ...] in [0, 1]. mask: (B, N), the patches of
     patch_size pixels that were hidden. norm_pix: see `masked_mse`; alpha: see `ms_ssim_l1`.
 
-    PAPER SILENT: whether the pixel term covers one scale or all of them; here all.
+    PAPER SILENT: whether the pixel term covers one scale or all of them. Here all, in the
+    authors' code the finest alone. (--pixel-scales)
     """
     terms = []
     for level, (fake, real) in enumerate(zip(fakes, reals, strict=True)):

@@ -546,6 +546,9 @@ class MSGDiscriminator(nn.Module):
     Each block halves the map. The image of the new size then joins as channels: half of the
     next block's input is what the network has seen so far, half is the image through a 1x1
     convolution, so every scale of the decoder receives a gradient of its own.
+
+    PAPER SILENT: minibatch deviation, which the authors' code and MSG-GAN have; here in
+    `StyleGAN2Discriminator` alone.
     """
 
     def __init__(self, image_size, scales, channels, max_channels):

@@ -782,7 +782,11 @@ def open_teacher(args):
 
 
 def image_scales(args):
-    """Scales of G: down to one pixel per patch for multi-scale losses and MSG-MAE, otherwise 1."""
+    """Scales of G: several for multi-scale losses and MSG-MAE, otherwise 1.
+
+    PAPER SILENT: how many. Down to one pixel per patch: 5 for 16 px, of sides 224 to 14; the
+    authors' code has 6, down to 7 px.
+    """
     looks = args.arch == "msg_mae" or LOSSES[args.loss]["adversary"] in ("msg", "stylegan2")
     return args.patch_size.bit_length() if looks else 1
 
@@ -1019,7 +1023,7 @@ def made_by(script, checkpoint, *parts):
 def finished(progress, args):
     """A line that says so if the run has all of its epochs or steps already, else ""."""
     if progress["epoch"] > args.epochs:
-        return f"{args.out} has all its {args.epochs} epochs; raise --epochs"
+        return f"{args.out} has all its {args.epochs} epochs; raise --epochs, or name another --out"
     if args.steps and progress["step"] >= args.steps:
         return f"{args.out} has its {args.steps} steps; raise --steps, or leave it off"
     return ""
@@ -1442,7 +1446,9 @@ RUN_FLAGS = (
 
 
 def build_parser():
-    """Every flag of train.py; `--help` is the manual. Paper values are the defaults."""
+    """Every flag of train.py; `--help` is the manual. The paper's values are the defaults, except
+    where DIFFERS or PAPER SILENT says otherwise.
+    """
     parser = argparse.ArgumentParser(
         description="Pre-train a (Perceptual) masked autoencoder.",
         usage="train.py [--demo] [--loss ROW] [--data PATH|shapes|shapes-large|cifar10] [flags]",
