@@ -1498,8 +1498,9 @@ def save_dots(path, charts, across=3):
         x0, y0 = (left + place % across * width) * fine, (place // across * high + 34) * fine
         x1, y1 = x0 + (width - 50) * fine, y0 + line * len(names) * fine
         values = [value for row in rows.values() for value in row]
-        margin = max(max(values) - min(values), 1e-9) / 12
-        low, span = min(values) - margin, max(values) - min(values) + 2 * margin
+        low, span = min(values), max(values) - min(values)
+        margin = span / 12 if span > 1e-5 * abs(low) else 0.5  # equal values: in the middle
+        low, span = low - margin, span + 2 * margin
         draw.text((x0, y0 - 10 * fine), title, "black", big, anchor="ls")
         for tick in round_ticks(low, low + span):
             x = x0 + (x1 - x0) * (tick - low) / span

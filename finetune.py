@@ -1005,7 +1005,8 @@ def write_cka(out, values, about):
 def read_runs(folder):
     """Runs in FOLDER/ROW/SEED -> {"TASK score": {row: {seed: value}}}, from the ends of their logs.
 
-    TASK is where a log lies below the run, such as knn; nothing for pre-training.
+    TASK is where a log lies below the run, such as knn; nothing for pre-training. A log that ends
+    without a score, as an unfinished run's may, is named and left out.
     """
     found, ends = {}, {}
     rows = sorted(p.name for p in folder.glob("*/") if p.is_dir())
@@ -1017,7 +1018,10 @@ def read_runs(folder):
             if not seed.isdigit():
                 fail(f"{log} is not of ROW/SEED/, SEED a number; --compare looks for no other logs")
             *_, last = data.read_log(log) or [{}]
-            for score in (name for name in SCORES if name in last):
+            scores = [name for name in SCORES if name in last]
+            if not scores:
+                say(f"{log} is left out: it does not end with any of {', '.join(SCORES)}")
+            for score in scores:
                 name = " ".join([*task, score])
                 found.setdefault(name, {}).setdefault(row, {})[seed] = last[score]
                 ends.setdefault(name, set()).add(last.get("epoch"))
@@ -1053,8 +1057,8 @@ def summary(rows, first):
 def compare(folder):
     """Means over seeds, and differences to the first row in pairs of one seed: a table, a picture.
 
-    Pairs share what a seed fixes: order and crops of the images and, between rows whose networks
-    and kinds of mask are the same, the weights at the start and the masks.
+    Pairs share what a seed fixes: the order of the images; between rows of one kind of mask, their
+    crops and the masks; between rows whose networks are the same, the weights at the start.
     """
     found = read_runs(folder)
     if not found:

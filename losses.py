@@ -25,7 +25,8 @@ from torch.nn import functional as F
 #              last two judge images at every scale
 #   weight     of the adversarial term, eq. 5, in eq. 6. DIFFERS: the paper's is 1 in every row;
 #              0.1 where D reaches G at every scale, and outweighed the pixels at 1: small runs
-#              stayed below a fill with the mean colour (README, Losses). --adversarial-weight;
+#              stayed below a fill with the mean colour (README, what the paper leaves
+#              open). --adversarial-weight;
 #              the authors' code: 0.7 on twice the L1.
 #   ada        adaptive augmentation of all that D sees (sec. 3.2)
 #   path       path-length regularisation of G (sec. 3.2)
