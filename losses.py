@@ -24,10 +24,9 @@ from torch.nn import functional as F
 #   adversary  D of the least-squares pair (eq. 4 and 5): None, "conv", "msg" or "stylegan2"; the
 #              last two judge images at every scale
 #   weight     of the adversarial term, eq. 5, in eq. 6. DIFFERS: the paper's is 1 in every row;
-#              0.1 where D reaches G at every scale, and outweighed the pixels at 1: small runs
-#              stayed below a fill with the mean colour (README, what the paper leaves
-#              open). --adversarial-weight;
-#              the authors' code: 0.7 on twice the L1.
+#              0.1 where D reaches G at every scale, and outweighed the pixels at 1: see
+#              "What the paper leaves open" in README. --adversarial-weight; the authors' code: 0.7
+#              on twice the L1.
 #   ada        adaptive augmentation of all that D sees (sec. 3.2)
 #   path       path-length regularisation of G (sec. 3.2)
 #   arch       the autoencoder that the paper pairs with the loss

@@ -3731,12 +3731,15 @@ def test_seeds_are_compared_by_hand_values():
             more = {"top1": top1 + seed + 1}  # 1, 2 and 3 better
             write_results(root / "ls_gan" / str(seed), own={"psnr": psnr - 2}, knn=more)
         write_results(root / "random" / "1", knn={"top1": 30.0})
+        write_results(root / "ms_ssim" / "0", own={"pixel": 0.5})  # stopped between measurements
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             assert not finetune.main(["--compare", str(root)])
         found = json.loads((root / "compare.json").read_text())
         assert list(found) == ["psnr", "knn top1"]
         assert list(found["knn top1"]) == ["mse", "ls_gan", "random"]  # as in `LOSSES`, then others
+        assert "ms_ssim" not in found["psnr"]
+        assert f"{root / 'ms_ssim' / '0' / 'log.jsonl'} is left out" in printed.getvalue()
         mse, ls_gan, random = found["knn top1"].values()
         close([mse["mean"], mse["error"]], [42, 2 / 3**0.5], 1e-9)
         close([ls_gan["difference"], ls_gan["difference_error"]], [2, 1 / 3**0.5], 1e-9)
