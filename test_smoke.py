@@ -2761,6 +2761,20 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint_as_it_was()
             (out / f"{name}.tmp").unlink(missing_ok=True)
 
 
+def test_a_run_that_goes_on_with_other_flags_says_which():
+    with scratch() as root:
+        flags = [*FAST, "--limit-images", 4, "--out", root / "run", "--epochs", 2]
+        assert command(*flags, "--steps", 1)[0] == 0
+        said = []
+        with mock.patch.object(train, "say", said.append):
+            assert command(*flags, "--lr", 0.25, "--steps", 1, "--resume", "auto")[0] == 0
+            assert command(*flags, "--lr", 0.25)[0] == 0
+        told = [line for line in said if "was trained with" in line]
+        assert len(told) == 2 and all("checkpoint.pt" in line for line in told), said
+        assert "--lr" in told[0] and "(now 0.25)" in told[0] and "--steps" not in told[0]
+        assert "--steps 1 (now None)" in told[1] and "--data" not in told[1]
+
+
 def test_unfit_checkpoints_are_refused():
     with scratch() as root:
         flags = [*FAST, "--limit-images", 4, "--out", root / "run", "--epochs", 1]

@@ -989,12 +989,8 @@ def resume(run, path, layout, args):
         found = ", ".join(map(str, checkpoint)) or "nothing"
         fail(f"{path} is not {kind} (it holds {found:.60})")
     then, now = checkpoint["arguments"], vars(args)
-    differ = [k for k in run.must_fit if k in then and then[k] != now[k]]
-    if differ:
-        listed = ", ".join(
-            f"--{k.replace('_', '-')} {then.get(k)!s:.60} (now {now[k]!s:.60})" for k in differ
-        )
-        fail(f"{path} was trained with {listed}; give the same, or another --out, or --resume off")
+    if differ := changes(then, now, run.must_fit):
+        fail(f"{path} was trained with {differ}; give the same, or another --out, or --resume off")
     progress = checkpoint["progress"]
     for what, number in layout.items():
         before = progress["layout"].get(what, number)  # earlier versions kept fewer
@@ -1012,7 +1008,17 @@ def resume(run, path, layout, args):
         part.load_state_dict(checkpoint[name])
         for group, values in zip(getattr(part, "param_groups", []), flags, strict=True):
             group |= values  # what the flags say now, not then
+    if others := changes(then, now, then.keys() - {"resume"}):
+        say(f"{path} was trained with {others}")
     return progress | {"layout": layout}
+
+
+def changes(then, now, names):
+    """Arguments among `names` that two commands have both, with other values -> a list in words."""
+    differ = [k for k in sorted(names) if k in then and k in now and then[k] != now[k]]
+    return ", ".join(
+        f"--{k.replace('_', '-')} {then[k]!s:.60} (now {now[k]!s:.60})" for k in differ
+    )
 
 
 def made_by(script, checkpoint, *parts):
