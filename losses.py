@@ -265,7 +265,8 @@ def style_loss(features_fake, features_real):
 
 
 def perceptual_terms(features_fake, features_real, delta_f=0.05, delta_s=40.0):
-    """L_feat^G. PAPER: eq. 3, with the weights of sec. 4: delta_f .05, delta_s 40.
+    """L_feat^G. PAPER: eq. 3, with the weights of sec. 4: delta_f .05, delta_s 40. PAPER SILENT: it
+    also speaks of "the smaller delta_s value"; as printed here. (--delta-f, --delta-s)
 
     features_fake, features_real: [phi^1, ..., phi^J] of G(I_m) and of I, from the same phi.
     Returns its two weighted sums by name: {"feature": scalar, "style": scalar}.
