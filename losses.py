@@ -313,25 +313,40 @@ def r1_penalty(logits_real, reals):
     return torch.stack([g.float().square().sum(dim=(1, 2, 3)) for g in grads]).mean()
 
 
-def path_lengths(features, z, probe):
-    """How far D's features move with the decoder's input, per sample: (B,), with a graph.
+def feature_slopes(features, images, probe):
+    """How fast D's features move along a random direction with each pixel: ds/d image, no graph.
 
-    PAPER: sec. 3.2, "perceptual path regularisation between the decoder input and discriminator
-    feature maps". A random direction in feature space, s = sum_j <phi^j, eps_j> / sqrt(J N_j), has
-    the slope g = ds/dz, one vector per token. The length a is the root mean square, over tokens, of
-    |g|; E a^2 is the number of channels of z times the mean squared entry of the maps' Jacobians.
-    PAPER SILENT: the probe. The divisors give every map the same part of its energy.
+    PAPER: sec. 3.2, "... and discriminator feature maps". A random direction in feature space,
+    s = sum_j <phi^j, eps_j> / sqrt(J N_j). PAPER SILENT: the probe. The divisors give every map the
+    same part of its energy.
 
-    features: J maps (B, C_j, h_j, w_j) of D at the reconstruction, N_j = C_j h_j w_j
-    z:        (B, tokens, channels), the decoder input that `features` were computed from
+    features: J maps (B, C_j, h_j, w_j) of D at `images`, N_j = C_j h_j w_j
+    images:   [(B, 3, h, w)], leaves that require a gradient
     probe:    J tensors eps_j shaped as `features`, from N(0, I), drawn by the caller
-
-    Attention must run its forward under sdpa_kernel(SDPBackend.MATH): the fused kernels have no
-    second derivative. D must not be under no_grad.
+    Returns as many slopes as images, shaped like them; zeros for scales that D does not look at.
     """
     divisors = [math.sqrt(len(features) * f[0].numel()) for f in features]
     s = sum((f.float() * e / n).sum() for f, e, n in zip(features, probe, divisors, strict=True))
-    (g,) = torch.autograd.grad(s, z, create_graph=True)  # samples are independent: one call
+    return torch.autograd.grad(s, images, materialize_grads=True)  # samples are independent
+
+
+def path_lengths(outputs, z, slopes):
+    """How far D's features move with the decoder's input, per sample: (B,), with a graph.
+
+    PAPER: sec. 3.2, "perceptual path regularisation between the decoder input and ...". With the
+    slopes ds/d image of a random direction s in feature space (see `feature_slopes`), the chain
+    rule gives g = ds/dz, one vector per token. The length a is the root mean square, over tokens,
+    of |g|; E a^2 is the mean squared entry of the maps' Jacobians times the channels of z.
+
+    outputs: [(B, 3, h, w)], G's images of all scales, with a graph
+    z:       (B, tokens, channels), the decoder input that `outputs` were computed from
+    slopes:  one per output, shaped like it
+
+    The graph takes the slopes as constant, which is exact where D is linear between the kinks of
+    its leaky ReLUs, as ours are. Attention must run its forward under
+    sdpa_kernel(SDPBackend.MATH): the fused kernels have no second derivative.
+    """
+    (g,) = torch.autograd.grad(outputs, z, slopes, create_graph=True)  # samples are independent
     return (g.float().square().sum(dim=2).mean(dim=1) + 1e-8).sqrt()  # sqrt(0) has slope inf
 
 

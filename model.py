@@ -540,6 +540,47 @@ def discriminator_levels(image_size, scales, channels, max_channels):
     return [(side, min(channels * 2**i, max_channels)) for i, side in enumerate(sides)]
 
 
+class LinearMap(torch.autograd.Function):
+    """y = A(x), where A is linear in x and At is its transpose: LinearMap.apply(x, A, At).
+
+    A gradient goes back through a matrix by its transpose, and through the transpose by the
+    matrix. So A and At are each other's backward, to any order, and what they hold (a grid) gets
+    no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, A, At):
+        ctx.A, ctx.At = A, At
+        return A(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return LinearMap.apply(grad, ctx.At, ctx.A), None, None
+
+
+class Mean2x2(nn.Module):
+    """F.avg_pool2d(x, 2): (B, C, h, w) -> (B, C, h // 2, w // 2), odd last rows, columns left out.
+
+    Its gradient is what it must be, nearest-neighbour upsampling, to any order; avg_pool2d's own
+    backward pass is slow on GPUs in channels_last.
+    """
+
+    def forward(self, x):
+        h, w = x.shape[2] // 2, x.shape[3] // 2
+        like = torch.empty_like if x.shape[2:] == (2 * h, 2 * w) else torch.zeros_like
+
+        def mean(x):
+            return F.avg_pool2d(x, 2)
+
+        def spread(y):  # the transpose: a quarter of each mean to each of its four pixels
+            whole = like(x, dtype=y.dtype)  # in x's memory layout
+            fours = whole[:, :, : 2 * h, : 2 * w].unflatten(3, (w, 2)).unflatten(2, (h, 2))
+            fours.copy_((y / 4)[:, :, :, None, :, None])  # (B, C, h, 2, w, 2)
+            return whole
+
+        return LinearMap.apply(x, mean, spread)
+
+
 class MSGDiscriminator(nn.Module):
     """Plain convolutional discriminator that sees the image again at every scale.
 
@@ -581,7 +622,7 @@ class MSGDiscriminator(nn.Module):
         return nn.Sequential(
             nn.Conv2d(c_in, c_in, 3, padding=1),
             nn.LeakyReLU(0.2),
-            nn.AvgPool2d(2),  # DIFFERS: MSG-GAN pools last; one third less arithmetic here
+            Mean2x2(),  # DIFFERS: MSG-GAN pools last; one third less arithmetic here
             nn.Conv2d(c_in, c_out, 3, padding=1),
             nn.LeakyReLU(0.2),
         )
@@ -616,7 +657,7 @@ class EqualConv2d(nn.Module):
     at run time makes all layers learn at the same relative speed.
 
     c_in, c_out, kernel, stride, padding: as in nn.Conv2d
-    activate: add a bias, then sqrt(2) * leaky_relu(0.2), then clamp; otherwise linear
+    activate: add a bias, then sqrt(2) * leaky_relu(0.2), then clamp in fp16; otherwise linear
     gain:     factor on the result; a residual block folds its 1 / sqrt(2) in here
     """
 
@@ -633,7 +674,10 @@ class EqualConv2d(nn.Module):
         # c * leaky(x) = leaky(c * x) for c > 0, so both gains go into the weights, for free.
         weight, bias = self.weight * (scale * math.sqrt(2)), self.bias * (self.gain * math.sqrt(2))
         x = F.leaky_relu(F.conv2d(x, weight, bias, self.stride, self.padding), 0.2)
-        return x.clamp(-256 * self.gain, 256 * self.gain)  # keeps fp16 from overflowing
+        if x.dtype != torch.float16:  # DIFFERS: StyleGAN2-ADA clamps in float32, too
+            return x
+        limit = 256 * self.gain  # far from 65504, where fp16 ends
+        return x.clamp(-limit, limit)
 
 
 class EqualLinear(nn.Module):
@@ -650,67 +694,49 @@ class EqualLinear(nn.Module):
         return math.sqrt(2) * F.leaky_relu(x, 0.2) if self.activate else x
 
 
-class LinearMap(torch.autograd.Function):
-    """y = A(x), where A is linear in x and At is its transpose: LinearMap.apply(x, A, At).
-
-    A gradient goes back through a matrix by its transpose, and through the transpose by the
-    matrix. So A and At are each other's backward, to any order, and what they hold (a filter, a
-    grid) gets no gradient. R1 and path lengths differentiate twice, where PyTorch would compute
-    the gradient of Blur's constant kernel all the same, channel by channel, and before 2.12
-    has no second derivative of grid_sample.
-    """
-
-    @staticmethod
-    def forward(ctx, x, A, At):
-        ctx.A, ctx.At = A, At
-        return A(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return LinearMap.apply(grad, ctx.At, ctx.A), None, None
-
-
 class Blur(nn.Module):
-    """Depthwise [1, 3, 3, 1] low-pass filter of unit sum, zero-padded: no aliasing at stride 2.
+    """[1, 3, 3, 1] / 8 low-pass filter of rows and columns, zero-padded: no aliasing at stride 2.
+
+    (B, C, side, side) -> (B, C, n, n), n = (side + 2 padding - 4) // stride + 1. As two matrix
+    products, y = M x M^T, where M (n, side) holds taps, padding and stride: a depthwise convolution
+    does the same, but has no fast GPU kernel in channels_last, nor a second derivative that leaves
+    the constant kernel alone.
 
     Folding it into the kernel that follows (3x3 becomes 6x6) would save a map but cost more.
     """
 
-    def __init__(self, stride, padding):
+    def __init__(self, side, stride, padding):
         super().__init__()
-        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-        self.register_buffer("kernel", torch.outer(taps, taps), persistent=False)
-        self.stride, self.padding = stride, padding
+        starts = stride * torch.arange((side + 2 * padding - 4) // stride + 1) - padding
+        tap = torch.arange(side) - starts[:, None]  # (n, side): which tap meets which pixel
+        matrix = torch.zeros(tap.shape)
+        for number, weight in enumerate((1, 3, 3, 1)):
+            matrix[tap == number] = weight / 8
+        self.register_buffer("matrix", matrix, persistent=False)
 
     def forward(self, x):
-        c, h, w = x.shape[1:]
-        kernel = self.kernel.expand(c, 1, 4, 4)  # one copy per channel, none stored
-        # Last rows and columns that a stride of 2 leaves over: the transpose has to restore them.
-        rest = [(side + 2 * self.padding - 4) % self.stride for side in (h, w)]
-        options = dict(stride=self.stride, padding=self.padding, groups=c)
-
-        def blur(x):
-            return F.conv2d(x, kernel.to(x), **options)
-
-        def spread(y):
-            return F.conv_transpose2d(y, kernel.to(y), output_padding=rest, **options)
-
-        return LinearMap.apply(x, blur, spread)
+        M = self.matrix.to(x.dtype)
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            return M @ x @ M.T
+        # The same with channels innermost, in views alone: no map is copied or laid out anew.
+        x = M @ x.permute(0, 2, 3, 1)  # (B, side, n, C), columns blurred
+        x = (M @ x.flatten(2)).unflatten(2, x.shape[2:])  # (B, n, n, C), rows blurred
+        return x.permute(0, 3, 1, 2)
 
 
 class ResidualBlock(nn.Module):
-    """(B, c_in, h, w) -> (B, c_out, h // 2, w // 2), every downsampling blurred."""
+    """(B, c_in, side, side) -> (B, c_out, side // 2, side // 2), every downsampling blurred."""
 
-    def __init__(self, c_in, c_out):
+    def __init__(self, side, c_in, c_out):
         super().__init__()
         gain = math.sqrt(0.5)  # (main + skip) / sqrt(2) keeps the variance
         self.main = nn.Sequential(
             EqualConv2d(c_in, c_in, 3, padding=1),
-            Blur(stride=1, padding=2),  # h + 1
+            Blur(side, stride=1, padding=2),  # side + 1
             EqualConv2d(c_in, c_out, 3, stride=2, gain=gain),
         )
         self.skip = nn.Sequential(
-            Blur(stride=2, padding=1),
+            Blur(side, stride=2, padding=1),
             EqualConv2d(c_in, c_out, 1, activate=False, gain=gain),
         )
 
@@ -767,8 +793,8 @@ class StyleGAN2Discriminator(nn.Module):
     def __init__(self, image_size, scales, channels, max_channels, mbstd_group=4):
         super().__init__()
         levels = discriminator_levels(image_size, scales, channels, max_channels)
-        widths = [width for _, width in levels]
-        self.blocks = nn.ModuleList(map(ResidualBlock, widths, widths[1:]))
+        sides, widths = zip(*levels, strict=True)
+        self.blocks = nn.ModuleList(map(ResidualBlock, sides, widths, widths[1:]))
         # PAPER SILENT: how an image joins a residual network. As in MSG-StyleGAN ("cat_lin"):
         # half-width fromRGB, concatenated, 1x1 convolution back to the published width.
         half = [width // 2 if i > 0 else width for i, width in enumerate(widths[:scales])]

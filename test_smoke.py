@@ -1,7 +1,8 @@
 """Tests: `python test_smoke.py` (or pytest). CPU, offline, minutes; exit status 1 on failure.
 
 Each test is one claim. Expected values come from hand calculation or from a slow, independent
-computation, never from the code under test.
+computation, never from the code under test. GPUs are hidden, since resuming bit for bit is a CPU's
+promise; one test looks for a GPU, in a process of its own, and says so if it finds none.
 """
 
 import argparse
@@ -39,6 +40,8 @@ import model
 import train
 from model import AdaAugment, MSGDiscriminator, StyleGAN2Discriminator
 
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # as found
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch reads it when CUDA is first used, which is later
 SIBLINGS = list(train.SIBLING_TERMS)
 ROWS = [(loss, "auto") for loss in losses.LOSSES if loss not in SIBLINGS]  # and the ablations
 ROWS += [("msg_gan_p", "mae"), ("stylegan2_ada_p", "mae"), ("mse", "msg_mae")]
@@ -709,23 +712,60 @@ def random_pyramid(batch, image_size, scales):
     return [torch.rand(batch, 3, image_size >> i, image_size >> i) for i in range(scales)]
 
 
-def test_blur_has_the_values_and_gradients_of_both_orders_of_a_plain_convolution():
+def both_orders(y, x):
+    """y, its cube's gradient at x, and that of the gradient's square, as R1 takes it."""
+    first = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)[0]
+    return y, first, torch.autograd.grad(first.square().sum(), x)[0]
+
+
+def test_blur_and_mean_equal_direct_sums_and_convolutions_to_the_second_derivative():
     torch.manual_seed(0)
     taps = torch.tensor([1.0, 3, 3, 1], dtype=torch.float64) / 8
     kernel = torch.outer(taps, taps).expand(2, 1, 4, 4)
+    for side in (4, 5, 7, 8):  # an odd side leaves a row and a column over at stride 2
+        x = torch.randn(2, 2, side, side, dtype=torch.float64, requires_grad=True)
+        assert_close(model.Mean2x2()(x), slow_mean(x))
+        pairs = [(model.Mean2x2(), F.avg_pool2d(x, 2))]
+        for stride, padding in ((1, 2), (2, 1), (1, 0), (3, 2)):
+            blur = model.Blur(side, stride, padding).double()
+            assert_close(blur(x), slow_blur(x, padding)[:, :, ::stride, ::stride])
+            pairs.append((blur, F.conv2d(x, kernel, None, stride, padding, groups=2)))
+        for layer, plain in pairs:
+            wanted, wide = both_orders(plain, x), x.contiguous(memory_format=torch.channels_last)
+            for y in (layer(x), layer(wide)):
+                for ours, theirs in zip(both_orders(y, x), wanted, strict=True):
+                    close(ours, theirs, 1e-12)
+            assert torch.autograd.gradcheck(layer, x[:1])
+            assert torch.autograd.gradgradcheck(lambda x, layer=layer: layer(x).square(), x[:1])
 
-    def both_orders(y, x):  # the second is that of R1: of a squared gradient
-        first = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)[0]
-        return y, first, torch.autograd.grad(first.square().sum(), x)[0]
 
-    for stride, padding in ((1, 2), (2, 1)):
-        blur = model.Blur(stride, padding).double()
-        for h, w in ((4, 6), (5, 4), (7, 5)):  # an odd side leaves a row or column over
-            x = torch.randn(2, 2, h, w, dtype=torch.float64, requires_grad=True)
-            plain = F.conv2d(x, kernel, None, stride, padding, groups=2)
-            assert_close(both_orders(blur(x), x), both_orders(plain, x))
-            assert torch.autograd.gradcheck(blur, x[:1])
-            assert torch.autograd.gradgradcheck(lambda x, blur=blur: blur(x).square(), x[:1])
+def test_mean_gives_a_left_over_row_or_column_no_gradient():
+    x = torch.rand(1, 2, 5, 7, requires_grad=True)
+    model.Mean2x2()(x).sum().backward()
+    assert (x.grad[:, :, :4, :6] == 0.25).all()
+    assert (x.grad[:, :, 4:] == 0).all() and (x.grad[:, :, :, 6:] == 0).all()
+
+
+def test_blur_and_mean_neither_copy_nor_convert_a_map_in_either_layout():
+    # By the profiler, forwards, backwards and twice backwards. A map has 4 x 8 x 16 x 16 values or,
+    # at half the size, a quarter of that; the blurs' matrices have at most 17 x 16. The one copy is
+    # the mean's gradient, written to the pixels that it is spread to.
+    moves = ("aten::copy_", "aten::clone", "aten::_to_copy")
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for layer in (model.Mean2x2(), model.Blur(16, 1, 2), model.Blur(16, 2, 1)):
+            x = torch.rand(4, 8, 16, 16).contiguous(memory_format=layout).requires_grad_()
+            shape = torch.empty_like(layer(x))
+            probe = torch.rand(shape.shape).contiguous(memory_format=layout).requires_grad_()
+            with torch.profiler.profile(record_shapes=True) as profile:
+                y = layer(x)
+                (first,) = torch.autograd.grad(y, x, probe, create_graph=True)
+                torch.autograd.grad(first, probe, torch.ones_like(first))
+            assert y.is_contiguous(memory_format=layout), (layer, layout)
+            events = [e for e in profile.events() if "conv" in e.name or e.name in moves]
+            sizes = [max(map(math.prod, filter(None, e.input_shapes)), default=0) for e in events]
+            of_maps = [e.name for e, size in zip(events, sizes, strict=True) if size > 500]
+            spread = ["aten::copy_"] if isinstance(layer, model.Mean2x2) else []
+            assert of_maps == spread, (layer, layout, of_maps)
 
 
 def test_equalised_layers_scale_by_root_of_fan_in():
@@ -739,8 +779,11 @@ def test_equalised_layers_scale_by_root_of_fan_in():
     assert math.isclose(linear(x).item(), math.sqrt(18), rel_tol=1e-5)
     assert math.isclose(active(x).item(), 6.0, rel_tol=1e-5)
     assert math.isclose(active(-x).item(), -1.2, rel_tol=1e-5)  # leaky slope 0.2
-    assert active(100 * x).item() == 256.0  # 600 clamped
-    assert halved(100 * x).item() == 128.0  # 300 clamped: the limit follows the gain
+    assert math.isclose(active(100 * x).item(), 600, rel_tol=1e-5)
+    assert active.half()(100 * x.half()).item() == 256  # 600, clamped in fp16 alone
+    assert halved.half()(100 * x.half()).item() == 128  # 300: the limit follows the gain
+    assert active.bfloat16()(100 * x.bfloat16()).item() > 590
+    active.float()
     torch.nn.init.ones_(active.bias)
     assert math.isclose(active(x).item(), 6 + math.sqrt(2), rel_tol=1e-5)
     dense = model.EqualLinear(9, 1, activate=True)  # 9 / sqrt(9) = 3
@@ -755,6 +798,12 @@ def test_equalised_weights_have_deviation_one_over_root_fan_in():
     assert abs(weights.std().item() * 8 - 1) < 0.03  # 16384 draws: standard error 0.6 %
 
 
+def slow_mean(x):
+    """Means of 2 x 2 pixels as four shifted sums; an odd last row or column is left out."""
+    h, w, two = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2, range(2)
+    return sum(x[:, :, i:h:2, j:w:2] for i in two for j in two) / 4
+
+
 def slow_blur(x, padding):
     """[1, 3, 3, 1] / 8 along both axes, as sixteen shifted sums."""
     x, taps = F.pad(x, [padding] * 4), (1 / 8, 3 / 8, 3 / 8, 1 / 8)
@@ -764,15 +813,15 @@ def slow_blur(x, padding):
 
 def test_residual_block_equals_its_steps_done_slowly():
     torch.manual_seed(0)
-    block = model.ResidualBlock(6, 8)
-    conv1, conv2, skip = block.main[0], block.main[2], block.skip[1]
-    torch.nn.init.normal_(conv1.bias)
-    torch.nn.init.normal_(conv2.bias)
 
     def act(x):
         return math.sqrt(2) * torch.where(x > 0, x, 0.2 * x)
 
     for side in (8, 9):  # an odd side rounds down
+        block = model.ResidualBlock(side, 6, 8)
+        conv1, conv2, skip = block.main[0], block.main[2], block.skip[1]
+        torch.nn.init.normal_(conv1.bias)
+        torch.nn.init.normal_(conv2.bias)
         x = torch.randn(2, 6, side, side)
         h = act(F.conv2d(x, conv1.weight / math.sqrt(54), conv1.bias, padding=1))
         h = F.conv2d(slow_blur(h, 2), conv2.weight / math.sqrt(54))[:, :, ::2, ::2]
@@ -915,56 +964,89 @@ def test_r1_trains_both_discriminators():
         assert abs((1 - after / before).item() - 0.02) < 0.004, network
 
 
-def toy_features(z):
-    """(B, 2, 3) -> two maps of different size, nonlinear in z."""
+def toy_images(z):
+    """(B, 2, 3) -> two images of different size, nonlinear in z."""
     x = torch.sin(z).flatten(1)  # (B, 6)
-    wide = torch.einsum("bi,bj->bij", x, x).view(-1, 4, 3, 3)
+    wide = torch.einsum("bi,bj->bij", x, x).view(-1, 1, 6, 6)
     return [wide, (x[:, :4] * z.flatten(1)[:, 2:]).view(-1, 1, 2, 2)]
 
 
-def test_path_length_penalty_equals_brute_force_per_sample():
+def toy_features(images):
+    """Two maps, of 12 and 4 values, linear between the kinks, as a discriminator's are."""
+    wide, small = images
+    first = F.leaky_relu(wide.view(-1, 12, 3).sum(dim=2) - 0.1, 0.2).view(-1, 3, 2, 2)
+    return [first, F.leaky_relu(small + first[:, :1], 0.2)]
+
+
+def test_path_length_penalty_equals_brute_force_per_sample_and_so_does_its_gradient():
     torch.manual_seed(0)
-    z = torch.randn(3, 2, 3, requires_grad=True)
-    noise = [torch.randn_like(f) for f in toy_features(z)]
-    lengths = []
-    for b in range(3):  # one sample at a time, g = sum_j J_j^T eps_j / sqrt(J N_j)
-        jac = torch.autograd.functional.jacobian(lambda z: tuple(toy_features(z)), z[b : b + 1])
-        g = sum(
-            torch.einsum("oi,o->i", j.reshape(n, 6), e[b].flatten()) / math.sqrt(2 * n)
-            for j, e, n in zip(jac, noise, (36, 4), strict=True)
-        )
-        lengths.append(math.sqrt(g.square().sum().item() / 2))  # mean over L = 2
-    expected = sum((a / 0.7 - 1) ** 2 for a in lengths) / 3
-    got = losses.path_lengths(toy_features(z), z, noise)
-    assert_close(got, torch.tensor(lengths), rtol=1e-4, atol=0)
-    assert_close(losses.path_length_penalty(got, 0.7).item(), expected, rtol=1e-4, atol=0)
+    z = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
+    noise = [torch.randn_like(f) for f in toy_features(toy_images(z))]
+
+    def at_once(z):  # features as a function of z, differentiated twice
+        lengths = []
+        for b in range(3):  # one sample at a time, g = sum_j J_j^T eps_j / sqrt(J N_j)
+            jac = torch.autograd.functional.jacobian(
+                lambda z: tuple(toy_features(toy_images(z))), z[b : b + 1], create_graph=True
+            )
+            g = sum(
+                torch.einsum("oi,o->i", j.reshape(n, 6), e[b].flatten()) / math.sqrt(2 * n)
+                for j, e, n in zip(jac, noise, (12, 4), strict=True)
+            )
+            lengths.append((g.square().sum() / 2).sqrt())  # mean over L = 2
+        return torch.stack(lengths)
+
+    outputs = toy_images(z)
+    fakes = [x.detach().requires_grad_() for x in outputs]
+    slopes = losses.feature_slopes(toy_features(fakes), fakes, noise)
+    got, wanted = losses.path_lengths(outputs, z, slopes), at_once(z)
+    close(got, wanted, 1e-6)
+    penalty = losses.path_length_penalty(got, 0.7)
+    close(penalty, (wanted / 0.7 - 1).square().sum() / 3, 1e-6)
+    slow = (wanted / 0.7 - 1).square().mean()
+    close(torch.autograd.grad(penalty, z)[0], torch.autograd.grad(slow, z)[0], 1e-5)
 
 
 def test_path_length_gradient_equals_closed_form_and_is_finite_at_zero():
-    # phi = W z, L = 1: a = |W' eps| / sqrt(N), da/dW = eps (W' eps)' / (N a)
+    # x = W z, phi = x, L = 1: a = |W' eps| / sqrt(N), da/dW = eps (W' eps)' / (N a)
     torch.manual_seed(0)
     z, eps = torch.randn(1, 1, 3, requires_grad=True), torch.randn(1, 5, 1, 1)
     for scale in (1.0, 0.0):
         weight = (scale * torch.randn(5, 3)).requires_grad_()
-        phi = (z.view(1, 3) @ weight.T).view(1, 5, 1, 1)
-        losses.path_length_penalty(losses.path_lengths([phi], z, [eps]), 0.5).backward()
+        x = (z.view(1, 3) @ weight.T).view(1, 5, 1, 1)
+        phi = x.detach().requires_grad_()
+        slopes = losses.feature_slopes([phi + 0], [phi], [eps])
+        losses.path_length_penalty(losses.path_lengths([x], z, slopes), 0.5).backward()
         pull = weight.detach().T @ eps.view(5)  # (3,)
         a = math.sqrt(pull.square().sum().item() / 5 + 1e-8)
         expected = 2 * (a / 0.5 - 1) / 0.5 * torch.outer(eps.view(5), pull) / (5 * a)
         assert_close(weight.grad, expected)
 
 
-def test_path_length_reaches_the_decoder_through_both_discriminators():
+def test_path_length_gradient_through_a_discriminator_needs_no_second_derivative_of_it():
+    # ADA's warps and colours and both Ds are linear between kinks: with the whole graph, through D
+    # as well, the decoder's gradient is the same. D's own parameters get none.
     torch.manual_seed(0)
+    ada = AdaAugment(fixed_p=1.0)
+    draw = ada.sample(torch.arange(4), 16)
     for network in NETWORKS:
         disc, decoder = network(16, 2, 4, 8), torch.nn.Linear(6, 3 * 8 * 8)
-        disc.requires_grad_(False)
         z = torch.randn(4, 1, 6, requires_grad=True)
         coarse = decoder(z).sigmoid().view(4, 3, 8, 8)
-        _, features = disc([F.interpolate(coarse, scale_factor=2.0), coarse])
+        outputs = [F.interpolate(coarse, scale_factor=2.0), coarse]
+        fakes = [x.detach().requires_grad_() for x in outputs]
+        _, features = disc(ada(fakes, *draw))
         noise = [torch.randn_like(f) for f in features]
-        losses.path_length_penalty(losses.path_lengths(features, z, noise), 0.01).backward()
-        assert decoder.weight.grad.isfinite().all() and decoder.weight.grad.norm() > 0
+        slopes = losses.feature_slopes(features, fakes, noise)
+        penalty = losses.path_length_penalty(losses.path_lengths(outputs, z, slopes), 0.01)
+        _, features = disc(ada(outputs, *draw))
+        divisors = [math.sqrt(len(features) * f[0].numel()) for f in features]
+        s = sum((f * e / n).sum() for f, e, n in zip(features, noise, divisors, strict=True))
+        (g,) = torch.autograd.grad(s, z, create_graph=True)
+        slow = ((g.square().sum((1, 2)) + 1e-8).sqrt() / 0.01 - 1).square().mean()
+        (wanted,) = torch.autograd.grad(slow, decoder.weight, retain_graph=True)
+        penalty.backward()
+        assert wanted.norm() > 0 and (decoder.weight.grad - wanted).norm() < 3e-6 * wanted.norm()
         assert all(p.grad is None for p in disc.parameters())
 
 
@@ -1523,7 +1605,7 @@ def test_lazy_terms_are_logged_with_their_whole_weight_and_survive_a_bad_step():
 def test_path_lengths_are_held_to_a_mean_that_starts_at_the_first_and_moves_by_a_hundredth():
     run, args = tiny_run("--loss", "stylegan2_ada_p", "--path-weight", "3", "--path-every", "2")
     lengths = torch.tensor([1.0, 3.0])  # of half of four images; their mean is 2
-    fixed = mock.Mock(side_effect=lambda features, z, probe: lengths + 0 * z.sum())
+    fixed = mock.Mock(side_effect=lambda outputs, z, slopes: lengths + 0 * z.sum())
     with mock.patch.object(losses, "path_lengths", fixed):
         for before, mean in ((0.0, 2.0), (1.0, 1.01), (4.0, 3.98)):
             progress = train.new_progress() | {"path_mean": torch.tensor(before)}
@@ -4399,6 +4481,81 @@ def test_unreadable_scenes_are_named_replaced_in_training_and_not_measured():
         assert row["val_images"] == 2 and row["bad_images"] == 2
 
 
+# ---- On a GPU, where there is one ----------------------------------------------------------------
+
+
+def check_device(device, rows):
+    """What holds on any device: gradients, fp16's scaler, a run that stops and goes on."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    probe = train.feature_probe
+
+    def probe_of_cpu(seed, features):  # a GPU's generator draws other numbers
+        return [x.to(device) for x in probe(seed, [f.cpu() for f in features])]
+
+    for loss, arch in rows:
+        flags, vectors = ["--loss", loss, "--arch", arch, "--ada-p", "0.5"], []
+        views = losses.LOSSES[loss]["views"]
+        images, noise, seeds = tiny_batch(views=views)
+        if losses.LOSSES[loss]["masks"] == "block":
+            noise = noise + (torch.arange(16) % 4 > 0)
+        batch = [((images * 255).byte(), noise, seeds)]
+        in_half = loss in ("msg_gan_p", "stylegan2_ada_p")
+        places = [(torch.device("cpu"), False), (device, False), (device, True)][: 2 + in_half]
+        for where, half in places:
+            args = train.parse_args([*TINY, "--out", "unused", *loss_network_flags(), *flags])
+            args.amp = "off"
+            run = train.build_run(args, where)
+            if half:  # --amp fp16, which the command line gives to GPUs alone
+                run.dtype = torch.float16
+                run.autocast = functools.partial(torch.autocast, where.type, dtype=run.dtype)
+                run.scaler_g = run.scaler_d = torch.amp.GradScaler(where.type, init_scale=2.0**9)
+            progress, eq3_on = train.new_progress(), train.eq3_is_on(2, args)
+            with mock.patch.object(train, "feature_probe", probe_of_cpu):
+                train.step_gradients(run, batch, eq3_on, progress, args)
+            networks = [n for n in (run.mae, run.disc) if n is not None]
+            parameters = [p for n in networks for p in n.parameters() if p.grad is not None]
+            vectors.append(torch.cat([p.grad.flatten().cpu() for p in parameters]))
+        cpu, here, *scaled = vectors
+        assert (here - cpu).norm() < 1e-4 * cpu.norm(), (loss, arch)
+        for halved in scaled:
+            assert (halved / 2**9 - cpu).norm() < 0.1 * cpu.norm(), (loss, arch)
+
+    for loss in ("msg_gan_p", "stylegan2_ada_p"):
+        with scratch() as root:
+            flags = [*FAST, "--loss", loss, "--limit-images", 8, "--epochs", 2, "--amp", "off"]
+            assert command(*flags, "--out", root / "once")[0] == 0
+            assert command(*flags, "--out", root / "twice", "--steps", 3)[0] == 0
+            assert command(*flags, "--out", root / "twice")[0] == 0
+            once, twice = (kept_in(root / name)["mae"] for name in ("once", "twice"))
+            for name, value in once.items():
+                close(value.cpu(), twice[name].cpu(), 0 if device.type == "cpu" else 1e-4)
+
+
+def check_gpu():
+    """`check_device` on the GPU that this process finds, for a process of its own."""
+    del os.environ["CUDA_VISIBLE_DEVICES"]
+    if VISIBLE_GPUS is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = VISIBLE_GPUS
+    if not torch.cuda.is_available():
+        print("left out: no GPU is visible")
+        return
+    check_device(torch.device("cuda", 0), EVERY_ROW)
+    print(f"checked on {torch.cuda.get_device_name()}")
+
+
+def test_a_gpu_gives_the_gradients_of_the_cpu_scales_fp16_and_goes_on_where_it_stopped():
+    # The same body, so that it works where there is a GPU; but fewer rows.
+    check_device(torch.device("cpu"), [("stylegan2_ada_p", "msg_mae"), ("c_mae", "auto")])
+    environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    if VISIBLE_GPUS is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = VISIBLE_GPUS
+    process = subprocess.run(
+        [sys.executable, __file__, "--gpu"], env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    print(f"{'':9}on a GPU: {process.stdout.strip()}")
+
+
 # ---- README --------------------------------------------------------------------------------------
 
 
@@ -4442,6 +4599,8 @@ def main():
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--gloo"]:
         gloo_gradients(sys.argv[2])
+    elif sys.argv[1:2] == ["--gpu"]:
+        check_gpu()
     elif sys.argv[1:2] == ["--tune"]:
         tune_in_turn(sys.argv[2])
     else:
