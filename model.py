@@ -575,7 +575,8 @@ class Mean2x2(nn.Module):
         def spread(y):  # the transpose: a quarter of each mean to each of its four pixels
             whole = like(x, dtype=y.dtype)  # in x's memory layout
             fours = whole[:, :, : 2 * h, : 2 * w].unflatten(3, (w, 2)).unflatten(2, (h, 2))
-            fours.copy_((y / 4)[:, :, :, None, :, None])  # (B, C, h, 2, w, 2)
+            y = y[:, :, :, None, :, None].expand_as(fours)  # (B, C, h, 2, w, 2)
+            torch.mul(y, 0.25, out=fours)
             return whole
 
         return LinearMap.apply(x, mean, spread)

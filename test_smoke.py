@@ -735,8 +735,9 @@ def test_blur_and_mean_equal_direct_sums_and_convolutions_to_the_second_derivati
             for y in (layer(x), layer(wide)):
                 for ours, theirs in zip(both_orders(y, x), wanted, strict=True):
                     close(ours, theirs, 1e-12)
-            assert torch.autograd.gradcheck(layer, x[:1])
-            assert torch.autograd.gradgradcheck(lambda x, layer=layer: layer(x).square(), x[:1])
+            if side < 6:
+                assert torch.autograd.gradcheck(layer, x[:1])
+                assert torch.autograd.gradgradcheck(lambda x, f=layer: f(x).square(), x[:1])
 
 
 def test_mean_gives_a_left_over_row_or_column_no_gradient():
@@ -748,8 +749,7 @@ def test_mean_gives_a_left_over_row_or_column_no_gradient():
 
 def test_blur_and_mean_neither_copy_nor_convert_a_map_in_either_layout():
     # By the profiler, forwards, backwards and twice backwards. A map has 4 x 8 x 16 x 16 values or,
-    # at half the size, a quarter of that; the blurs' matrices have at most 17 x 16. The one copy is
-    # the mean's gradient, written to the pixels that it is spread to.
+    # at half the size, a quarter of that; the blurs' matrices have at most 17 x 16.
     moves = ("aten::copy_", "aten::clone", "aten::_to_copy")
     for layout in (torch.contiguous_format, torch.channels_last):
         for layer in (model.Mean2x2(), model.Blur(16, 1, 2), model.Blur(16, 2, 1)):
@@ -764,8 +764,7 @@ def test_blur_and_mean_neither_copy_nor_convert_a_map_in_either_layout():
             events = [e for e in profile.events() if "conv" in e.name or e.name in moves]
             sizes = [max(map(math.prod, filter(None, e.input_shapes)), default=0) for e in events]
             of_maps = [e.name for e, size in zip(events, sizes, strict=True) if size > 500]
-            spread = ["aten::copy_"] if isinstance(layer, model.Mean2x2) else []
-            assert of_maps == spread, (layer, layout, of_maps)
+            assert not of_maps, (layer, layout, of_maps)
 
 
 def test_equalised_layers_scale_by_root_of_fan_in():
