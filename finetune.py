@@ -1,43 +1,25 @@
-"""Everything that is done with a checkpoint: what it is worth, what it shows, where it goes.
+"""What an encoder is worth: linear probe, fine-tuning, k-NN, logistic regression.
 
     python finetune.py --demo                                   # 2 minutes, after train.py --demo
     python finetune.py --task linear --checkpoint runs/mse/checkpoint.pt
     torchrun --nproc_per_node=8 finetune.py --task finetune --checkpoint runs/mse/checkpoint.pt
-    python finetune.py --task detect --data path/to/coco --checkpoint runs/mse/checkpoint.pt
-    python finetune.py --task segment --data path/to/ade20k --checkpoint runs/mse/checkpoint.pt
     python finetune.py --eval --checkpoint runs/mse/finetune/best.pt
-    python finetune.py --task reconstruct --checkpoint runs/mse/checkpoint.pt [MORE ...]
-    python finetune.py --task cka --checkpoint runs/mse/checkpoint.pt [MORE ...] none
-    python finetune.py --compare runs/seeds                     # several seeds of several rows
-    python finetune.py --export encoder.pt --format timm --checkpoint runs/mse/checkpoint.pt
 
---task linear, finetune, detect and segment are sec. 4 of the paper ("Fine-tuning"), the
-supplement's A.2 and Table 2; knn and logistic measure features computed once, without augmentation;
-reconstruct measures and draws reconstructions: Table 1, Figures 2 and 3; cka how alike an encoder's
-features of masked and of whole images are. In order: what a step of each task minimises, the loop,
-network and optimiser; accuracy; average precision and mean IoU (Table 3); k-NN and logistic
-regression; reconstructions; CKA; seeds against each other; then, under a banner, checkpoints, data,
-benchmark, command line.
-What keeps a run alive (processes, precision, checkpoints) is train.py's.
+--task linear and finetune are sec. 4 of the paper ("Fine-tuning") and Table 2; knn and logistic
+measure features computed once, without augmentation. In order: what a step minimises, the loop,
+network and optimiser; accuracy; k-NN and logistic regression; then, under a banner, checkpoints,
+data, command line. What keeps a run alive (processes, precision, checkpoints) is train.py's.
 
 --checkpoint takes those of train.py, any project's file of ViT-MAE weights, or `none`: random
-weights. --data: a folder of images in class folders, COCO's own layout for detect, ADE20K's for
-segment, or shapes. Writes to OUT: a training checkpoint.pt, best.pt (highest top-1, box AP or mIoU)
-and log.jsonl, in per cent: top1 and top5 of the validation images; ap... of boxes, mask_ap... of
-masks, as COCO defines them (-1: no such objects); miou over the classes in truth or prediction,
-miou_all over all. Each measurement of a detector, --eval's too, also writes results_bbox.json and
-results_segm.json in COCO's result format, and either dense task pictures/. knn and logistic write
-log.jsonl; reconstruct eval.json and pictures/, cka cka.json and pictures/; --compare compare.json
-and compare.png into its folder; OUT of --eval is the checkpoint's folder. Run the same command
-again after any interruption and a training continues where its checkpoint was saved (--demo starts
-anew).
+weights. --data: a folder of images in class folders, shapes, or cifar10. Writes to OUT: a training
+checkpoint.pt, best.pt (highest top-1) and log.jsonl, in per cent: top1 and top5 of the validation
+images; knn and logistic log.jsonl alone. OUT of --eval is the checkpoint's folder. Run the same
+command again after any interruption and a training continues where its checkpoint was saved (--demo
+starts anew).
 """
 
 import argparse
-import hashlib
-import json
 import math
-import re
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -45,14 +27,10 @@ from time import perf_counter
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
-from torchvision.models import Inception_V3_Weights
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 import data
-import losses
 import model
 import train
 from train import fail, is_main, say
@@ -65,7 +43,7 @@ def classification_loss(logits, targets, label_smoothing):
     return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
 
 
-def classification_terms(run, images, labels, args):
+def classification_terms(run, images, labels, progress, args):
     """Loss of a batch -> {"loss": scalar}. images: (B, 3, H, W) in [0, 1]. labels: (B,)."""
     targets = labels.to(run.device, non_blocking=True)
     if run.mix is not None:
@@ -75,39 +53,21 @@ def classification_terms(run, images, labels, args):
     return {"loss": classification_loss(logits, targets, args.label_smoothing)}
 
 
-def detection_terms(run, images, objects, args):
-    """Mask R-CNN's five losses of a batch -> {name: scalar}; see `model.Detector`.
-
-    objects: a dict for each image, boxes (N, 4), labels (N,) and masks (N, S, S); N may be 0.
-    """
-    objects = [{k: v.to(run.device, non_blocking=True) for k, v in o.items()} for o in objects]
-    with run.autocast():  # the heads turn it off
-        return run.network(images, objects)
-
-
-def segmentation_terms(run, images, maps, args):
-    """Loss of a batch -> {"loss": scalar}. maps: classes (B, S, S), 255 = not known."""
-    with run.autocast():
-        logits, second = run.network(images)  # (B, classes, S, S) each
-    maps = maps.to(run.device, non_blocking=True)
-    return {"loss": losses.segmentation_loss(logits, maps, second)}
-
-
 def step_gradients(run, batches, progress, args):
     """Accumulate the mean gradient of a step's batches -> {name: mean of the term over them}.
 
-    The gradient is that of "loss", the sum of the terms of `run.terms`, one of the above.
+    The gradient is that of "loss", the sum of the terms of `run.terms`, here the one above.
     """
     totals, share = {}, 1 / len(batches)
     for number, (images, targets, *_) in enumerate(batches, start=1):
-        # What is drawn (mixing, stochastic depth, a detector's samples) depends on where the run
-        # is, not on what was drawn before; W processes draw as one with W times the --accum.
+        # What is drawn (mixing, stochastic depth) depends on where the run is, not on what was
+        # drawn before; W processes draw as one with W times the --accum.
         place = (number - 1) * train.world_size() + train.rank()
         torch.manual_seed(data.sample_seed(args.seed, progress["step"], place))
         images = data.to_float(images.to(run.device, non_blocking=True))  # (B, 3, H, W)
         # Processes exchange gradients during the last backward pass of a step alone.
         with train.exchange(number == len(batches), run.network):
-            terms = run.terms(run, images, targets, args)
+            terms = run.terms(run, images, targets, progress, args)
             loss = sum(terms.values())
             run.scaler.scale(loss * share).backward()
         for name, value in {**terms, "loss": loss}.items():
@@ -126,13 +86,12 @@ def update(run, apply):
 # ---- The loop over epochs ------------------------------------------------------------------------
 
 
-def train_task(args, weights, train_set, val_set, device):
-    """Linear probe, fine-tuning, detection or segmentation -> (signal that stopped it or 0, best).
+def train_network(run, train_set, val_set, args):
+    """Train one network -> (signal that stopped it or 0, best).
 
-    weights: from `open_checkpoint`. best: highest `run.score`, top-1 for instance, in per cent. The
-    loop is that of train.py's `pretrain`, with one player.
+    run: from `build_run`. best: highest `run.score`, top-1 for instance, in per cent. The loop is
+    that of train.py's `pretrain`, with one player.
     """
-    run = build_run(args, weights, device)
     run.network.train()
     val = (shard(val_set, args), [])  # and the unreadable ones among its images
     progress, sampler, loader = train.open_run(run, train_set, args)
@@ -191,49 +150,54 @@ def finish_epoch(run, progress, lr, val, args):
 # ---- Network and optimiser -----------------------------------------------------------------------
 
 
-def by_task(task):
-    """-> (the network's name in a checkpoint, terms of a step, measurement, what picks best.pt)."""
-    rows = {
-        "detect": ("detector", detection_terms, evaluate_detector, "ap"),
-        "segment": ("segmenter", segmentation_terms, evaluate_segmenter, "miou"),
-    }
-    return rows.get(task, ("classifier", classification_terms, evaluate_classifier, "top1"))
+def build_run(network, groups, args, device, *, part, terms, evaluate, score, script, must_fit):
+    """What trains -> namespace of network, opt, scaler, device, dtype and autocast (see train.py).
 
-
-def build_network(args):
-    """The encoder of --model with the head of --task, random weights; ValueError: sizes misfit."""
-    classes = len(args.classes)
-    sizes = dict(image_size=args.image_size, patch_size=args.patch_size, drop=args.drop_path)
-    if args.task == "detect":
-        return model.build_detector(args.model, classes, width=args.width, **sizes)
-    if args.task == "segment":
-        return model.build_segmenter(args.model, classes, width=args.width, **sizes)
-    frozen = args.task != "finetune"
-    return model.build_classifier(args.model, classes, pool=args.pool, frozen=frozen, **sizes)
-
-
-def build_run(args, weights, device):
-    """What trains -> namespace of network, opt, scaler, device and dtype (see train.py).
-
-    args: complete, as `open_checkpoint` and `build_data` leave them. terms, evaluate, score: the
-    task's, from `by_task`. mix: function of a batch (images, labels) that mixes samples, or None.
-    parts, script, must_fit: what a checkpoint holds.
+    network:  on the device, with its weights
+    groups:   of AdamW
+    part:     the network's name in a checkpoint
+    terms:    function of (run, images, targets, progress, args) -> {name: scalar}; their sum is
+              minimised
+    evaluate: function of (run, loader, unreadable images, args) -> row of the log
+    score:    what of such a row picks best.pt; None: nothing does
+    script:   who writes the checkpoint
+    must_fit: arguments under which alone a checkpoint continues
     """
     dtype = train.choose_precision(args.amp, device)
-    torch.manual_seed(args.seed)  # the same initial weights on every process
-    with train.refusals():  # sizes that do not fit each other, or weights that do not
-        network = build_network(args)
-        if weights is not None:
-            load_weights(network, weights, args)
-    network.to(device)
-    groups = layer_groups(network, args.weight_decay, args.layer_decay)
-    run = SimpleNamespace(device=device, dtype=dtype, script="finetune.py", must_fit=MUST_FIT)
+    run = SimpleNamespace(device=device, dtype=dtype, script=script, must_fit=must_fit)
     run.autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
-    part, run.terms, run.evaluate, run.score = by_task(args.task)
-    run.mix = build_mix(args, len(args.classes))
+    run.terms, run.evaluate, run.score = terms, evaluate, score
     run.network, run.scaler = train.wrap(network, device), train.scaler(device, dtype)
     run.opt = torch.optim.AdamW(groups, betas=tuple(args.betas), fused=True)
     run.parts = {part: network, "opt": run.opt, "scaler": run.scaler}
+    return run
+
+
+def build_classifier_run(args, weights, device):
+    """`build_run` of a classifier, with `mix`: a function that mixes a batch's samples, or None.
+
+    args: complete, as `open_checkpoint` and `build_data` leave them; weights: the former's.
+    """
+    torch.manual_seed(args.seed)  # the same initial weights on every process
+    sizes = dict(image_size=args.image_size, patch_size=args.patch_size, drop=args.drop_path)
+    sizes |= dict(pool=args.pool, frozen=args.task != "finetune")
+    with train.refusals():  # sizes that do not fit each other, or weights that do not
+        network = model.build_classifier(args.model, len(args.classes), **sizes)
+        if weights is not None:
+            load_weights(network, weights, args)
+    run = build_run(
+        network.to(device),
+        layer_groups(network, args.weight_decay, args.layer_decay),
+        args,
+        device,
+        part="classifier",
+        terms=classification_terms,
+        evaluate=evaluate_classifier,
+        score="top1",
+        script="finetune.py",
+        must_fit=MUST_FIT,
+    )
+    run.mix = build_mix(args, len(args.classes))
     return run
 
 
@@ -326,178 +290,6 @@ def note_unread(found, known, dataset):
     """Name the unreadable images of a measurement that are not yet in `known`, and add them."""
     found = {index: reason for index, reason in found.items() if index not in known}
     train.note_bad_images(found, known, dataset, fate="left out")
-
-
-# ---- Detection and segmentation: Table 3 ---------------------------------------------------------
-
-
-def detect(run, batch, args):
-    """A batch's detections -> [(found, objects)] of its readable images, in their own pixels.
-
-    batch: of a `DenseSet` that does not augment. found: as `model.Detector` gives it, but with
-    masks (D, H, W) bool, on the CPU.
-    """
-    images, targets, *_ = batch
-    with run.autocast():
-        outputs = train.unwrap(run.network)(data.to_float(images.to(run.device)))
-    pairs = []
-    for output, objects in zip(outputs, targets, strict=True):
-        if objects is None:
-            continue
-        place = objects["letterbox"]
-        boxes = data.boxes_to_image(output["boxes"], place)
-        masks = model.paste_masks(output["masks"], boxes, place.height, place.width)
-        inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # not in the padding
-        found = output | {"boxes": boxes, "masks": masks}
-        pairs.append(({k: v[inside].cpu() for k, v in found.items()}, objects))
-    return pairs
-
-
-def segment(run, batch, args):
-    """A batch's class maps -> [(map (H, W), truth {"map", ...})] of its readable images."""
-    images, targets, *_ = batch
-    network, pairs = train.unwrap(run.network), []
-    with run.autocast():
-        if not args.slide:
-            outputs = network(data.to_float(images.to(run.device)))  # (B, classes, S, S)
-    for number, truth in enumerate(targets):
-        if truth is None:
-            continue
-        place = truth["letterbox"]
-        if args.slide:
-            with run.autocast():
-                image = data.to_float(truth["whole"].to(run.device))
-                logits = slide(network, image, args.image_size)
-            place = place._replace(rows=logits.shape[1], columns=logits.shape[2])
-        else:
-            logits = outputs[number]
-        pairs.append((data.maps_to_image(logits, place).argmax(dim=0).cpu(), truth))
-    return pairs
-
-
-def slide(network, image, side):
-    """Mean logits (classes, h, w) of all windows of an image (3, h, w), h and w `side` or more.
-
-    PAPER SILENT: measuring. MMSegmentation's windows, side x side, each two thirds of a side after
-    the one before; the last end where the image ends.
-    """
-    starts, step = [], 2 * side // 3
-    for length in image.shape[1:]:
-        count = 1 + math.ceil((length - side) / step)
-        starts.append([min(i * step, length - side) for i in range(count)])
-    places = [(slice(y, y + side), slice(x, x + side)) for y in starts[0] for x in starts[1]]
-    windows = network(torch.stack([image[:, rows, columns] for rows, columns in places]))
-    total = windows.new_zeros(windows.shape[1], *image.shape[1:])
-    count = torch.zeros_like(total[:1])
-    for (rows, columns), logits in zip(places, windows, strict=True):
-        total[:, rows, columns] += logits
-        count[:, rows, columns] += 1
-    return total / count
-
-
-@torch.no_grad()
-def evaluate_detector(run, loader, known, args):
-    """COCO's average precision of boxes and masks over the whole validation set, in per cent.
-
-    -> row of `losses.coco_ap`, the masks' under mask_..., -1 = no object of that size. Draws the
-    picture, and writes OUT/results_bbox.json and results_segm.json, in COCO's result format: the
-    latest measurement's. loader, known: see `evaluate_classifier`.
-    """
-    network, found, rows = train.unwrap(run.network).eval(), {}, []
-    source = loader.dataset.source
-    for batch in loader:
-        found |= dict(batch[3])
-        for detections, objects in detect(run, batch, args):
-            pair = [losses.match_detections(detections, objects, masks=m) for m in (False, True)]
-            index = objects["index"]
-            rows.append((index, *pair, coco_results(detections, source, index)))
-    note_unread(found, known, loader.dataset)
-    rows = sorted(sum(train.of_all_processes(rows), []), key=lambda row: row[0])  # COCO's order
-    _, boxes, masks, results = zip(*rows, strict=True)
-    row = losses.coco_ap(boxes)
-    row |= {f"mask_{name}": value for name, value in losses.coco_ap(masks).items()}
-    row = {name: 100 * value if value >= 0 else value for name, value in row.items()}
-    if is_main():
-        write_results(args.out, [entry for image in results for entry in image])
-        draw_scenes("detections", run, loader.dataset, args)
-    network.train()
-    return row | {"val_images": len(rows)}
-
-
-def coco_results(found, source, index):
-    """An image's detections as entries of COCO's result format, boxes and masks together."""
-    return [
-        {
-            "image_id": source.image_ids[index],
-            "category_id": source.category_ids[label - 1],
-            "score": score,
-            "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "segmentation": data.mask_to_rle(mask),
-        }
-        for (x0, y0, x1, y1), label, score, mask in zip(
-            *(found[name].tolist() for name in ("boxes", "labels", "scores")),
-            found["masks"],
-            strict=True,
-        )
-    ]
-
-
-def write_results(out, results):
-    """Write `coco_results` of all images: a file of boxes, and one of masks."""
-    for kind, other in (("bbox", "segmentation"), ("segm", "bbox")):
-        # Apart: COCO's tools take the area of an entry with both from its box.
-        rows = [{k: v for k, v in row.items() if k != other} for row in results]
-        path = Path(out) / f"results_{kind}.json"
-        with train.writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(rows))
-
-
-@torch.no_grad()
-def evaluate_segmenter(run, loader, known, args):
-    """`losses.segmentation_scores` over the whole validation set, in per cent -> row.
-
-    Measured at the images' own size. Draws the picture. loader, known: see `evaluate_classifier`.
-    """
-    network, found, classes = train.unwrap(run.network).eval(), {}, len(args.classes)
-    matrix, images = torch.zeros(classes, classes, dtype=torch.long), 0
-    for batch in loader:
-        found |= dict(batch[3])
-        for labels, truth in segment(run, batch, args):
-            matrix += losses.confusion_matrix(labels, truth["map"], classes)
-            images += 1
-    note_unread(found, known, loader.dataset)
-    matrices, counts = zip(*train.of_all_processes((matrix, images)), strict=True)
-    row = losses.segmentation_scores(sum(matrices))
-    if is_main():
-        draw_scenes("segmentation", run, loader.dataset, args)
-    network.train()
-    return {name: 100 * value for name, value in row.items()} | {"val_images": sum(counts)}
-
-
-def draw_scenes(name, run, dataset, args, rows=6, least=0.5):
-    """OUT/pictures/NAME.png: the first readable validation images, truth and prediction."""
-    path = Path(args.out) / "pictures" / f"{name}.png"
-    batch = data.collate([dataset[0, i] for i in range(min(rows, len(dataset)))])
-    predict = detect if args.task == "detect" else segment
-    columns = {"image": [], "truth": [], "prediction": []}
-    for found, truth in predict(run, batch, args):
-        image = data.to_rgb(dataset.source[truth["index"]][0])
-        if args.task == "detect":
-            sure = found["scores"] >= least
-            found = {k: v[sure] for k, v in found.items()}
-            drawn = [data.draw_objects(image, x, args.classes) for x in (truth, found)]
-        else:
-            drawn = [data.draw_classes(image, x, args.classes) for x in (truth["map"], found)]
-        drawn = [data.as_square(data.view(image)), *drawn]
-        for column, picture in zip(columns.values(), drawn, strict=True):
-            column.append(picture)
-    if args.task == "detect":
-        columns[f"prediction, score {least} or more"] = columns.pop("prediction")
-    if columns["image"]:
-        with train.writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            data.save_picture(path, {k: torch.stack(v) for k, v in columns.items()})
 
 
 # ---- Without training: k-NN, and logistic regression on features computed once -------------------
@@ -638,495 +430,48 @@ def measure_features(run, train_set, val_set, args):
     return as_row(counts, classes) | about  # every process has all queries: nothing to add up
 
 
-# ---- Reconstructions (Table 1, Figures 2 and 3) --------------------------------------------------
-
-
-def open_autoencoders(args, device):
-    """--checkpoint's autoencoders -> ({name of the row: run}, args with what they settle).
-
-    run: mae, device, dtype and its autocast, its own args, path. Sizes must agree; the seed is the
-    first checkpoint's.
-    """
-    runs, first = {}, None
-    sizes = ("image_size", "patch_size", "mask_ratio")
-    for path in args.checkpoints:
-        with train.refusals():
-            checkpoint = model.load_file(path, "a checkpoint of train.py")
-        if not train.made_by("train.py", checkpoint, "mae"):
-            fail(f"{path} is not a checkpoint of train.py: reconstructions need its decoder")
-        own = argparse.Namespace(**checkpoint["arguments"])
-        first = first or own
-        for what in sizes:
-            flag, here = "--" + what.replace("_", "-"), getattr(own, what)
-            if here != getattr(first, what):
-                there = getattr(first, what)
-                fail(f"{path} has {flag} {here}, {args.checkpoint} {there}: evaluate them apart")
-            if getattr(args, what, None) not in (None, here):
-                fail(f"{path} has {flag} {here}, not {getattr(args, what)}; leave {flag} off")
-        if not losses.LOSSES[own.loss]["pixel"]:
-            fail(f"{path} is of --loss {own.loss}, which paints nothing: see --task knn, linear")
-        mae = train.build_autoencoder(own)
-        with train.refusals():
-            model.load_whole(mae, checkpoint["mae"], path)
-        name = own.loss
-        if own.arch != losses.LOSSES[own.loss]["arch"]:
-            name += f" ({own.arch})"
-        if own.norm_pix_loss:
-            name += " (true contrast)"  # see train.py's `reconstruct`
-        if name in runs:
-            name += f" {len(runs) + 1}"
-        dtype, mae = train.choose_precision(args.amp, device), mae.to(device).eval()
-        runs[name] = SimpleNamespace(mae=mae, device=device, dtype=dtype, args=own, path=path)
-        on = dtype is not None
-        runs[name].autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=on)
-    settled = {what: getattr(first, what) for what in (*sizes, "seed")}
-    return runs, argparse.Namespace(**vars(args) | settled)
-
-
-def load_inception(args, device):
-    """-> (`InceptionFeatures` or None, what it is or why there is none)."""
-    source = args.inception_weights
-    get = "give --inception-weights pt_inception-2015-12-05-6726825d.pth, a release of "
-    get += "github.com/mseitzer/pytorch-fid (fid_weights)"
-    if source == "none":
-        return None, "none, so neither IS nor FID"
-    if source == "torchvision":
-        weights = reason = None
-        try:
-            with train.first_of_a_node_first():
-                weights = Inception_V3_Weights.IMAGENET1K_V1.get_state_dict(
-                    progress=False, check_hash=True, weights_only=True
-                )
-        except (OSError, RuntimeError) as error:  # no network, or half a download
-            reason = error
-        if train.sum_over_processes({"missing": weights is None}, device)["missing"]:
-            why = reason or "on another process"
-            return None, f"none, so neither IS nor FID (cannot be downloaded: {why}); {get}"
-        what = f"torchvision's, not those of published FIDs; for these {get}"
-    else:
-        with train.refusals():
-            weights = model.load_file(source, "a file of Inception weights")
-        digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()
-        what = f"{source}, those of published FIDs"
-        if not digest.startswith("6726825d"):
-            what = f"{source}, not the file of published FIDs; for these {get}"
-    try:
-        inception = model.InceptionFeatures(weights)
-    except ValueError as error:
-        fail(f"{source} is not a file of Inception weights: {error}; {get}")
-    return inception.to(device), what
-
-
-@torch.no_grad()
-def measure_reconstructions(args, device):
-    """Table 1 and Figures 2 and 3 of --checkpoint's autoencoders, on the whole validation set.
-
-    The same random masks for all, also for `boot_mae`, whose log has the PSNR of masks in blocks.
-    """
-    runs, args = open_autoencoders(args, device)
-    out = Path(args.out)
-    with train.writing(out):
-        (out / "pictures").mkdir(parents=True, exist_ok=True)
-    _, source = train.open_data(args, args.image_size)
-    patches = (args.image_size // args.patch_size) ** 2
-    common = dict(image_size=args.image_size, num_patches=patches, seed=args.seed)
-    val_set = data.PretrainSet(source, augment=False, limit=args.val_images, **common)
-    seeds = {run.args.seed for run in runs.values()}
-    if len(seeds) > 1 and getattr(source, "held_out", False):
-        fail(
-            f"the checkpoints held out different images (seeds {seeds}): evaluate them apart, or "
-            f"put validation images into {args.data}/val"
-        )
-    inception, what = load_inception(args, device)
-    say(f"Inception weights: {what}")
-    totals, sums, unread = measure(runs, val_set, inception, args, device)
-    if not is_main():  # the sums are all processes', what follows is not shared
-        return
-
-    count = totals.pop("images")
-    results = {"real": {}} if inception else {}
-    results |= {name: {} for name in runs}
-    for (name, metric), total in totals.items():
-        results[name][metric] = total / count
-    for (name, kind), part in sums.items():
-        end = f"_{kind}" if kind else ""
-        results[name]["is" + end], results[name]["is_std" + end] = losses.inception_score(part)
-        if kind and count > 1:
-            both = (
-                *losses.mean_and_covariance(part),
-                *losses.mean_and_covariance(sums["real", ""]),
-            )
-            results[name]["fid" + end] = losses.frechet_distance(*both)
-    about = {"data": args.data, "images": int(count), "unreadable": unread}
-    about |= {k: getattr(args, k) for k in ("image_size", "patch_size", "mask_ratio", "seed")}
-    about |= {"inception": what, "checkpoints": {name: str(r.path) for name, r in runs.items()}}
-    with train.writing(out):
-        text = json.dumps(about | {"results": results}, indent=1)
-        (out / "eval.json").write_text(text + "\n")
-        draw_figures(out / "pictures", runs, val_set, device)
-    print_table(results, runs, int(count))
-    say(f"done: {out}/eval.json, {out}/pictures/")
-
-
-def measure(runs, val_set, inception, args, device):
-    """One pass over the images -> (totals, sums for IS and FID, unreadable images left out).
-
-    totals: {"images": number, (run's name, metric): sum}. sums: {(run's name, kind):
-    `inception_sums`}, ("real", "") for the originals. Both over all processes.
-    """
-    splits = min(10, len(val_set))  # of IS
-    totals = {"images": 0} | {(name, metric): 0 for name in runs for metric in losses.METRICS}
-    sums, unread, found = {}, [], {}
-
-    def count_features(name, kind, images, split):
-        if inception is None:
-            return
-        features, logits = inception(images)
-        for key, value in losses.inception_sums(features, logits, split, splits).items():
-            sums[name, kind][key] += value
-
-    if inception is not None:  # sums of no images, so that every process has them all
-        features = torch.zeros(0, inception.classify.in_features, device=device)
-        logits = torch.zeros(0, inception.classify.out_features, device=device)
-        for name, kind in [("real", ""), *((name, kind) for name in runs for kind in losses.KINDS)]:
-            nothing = torch.zeros(0, dtype=torch.long, device=device)
-            sums[name, kind] = losses.inception_sums(features, logits, nothing, splits)
-    rank = train.rank()
-    indices = torch.arange(rank, len(val_set), train.world_size())
-    loader, done = shard(val_set, args), 0
-    for images, mask_noise, _, bad in tqdm(
-        loader, disable=None if is_main() else True, unit="batches"
-    ):
-        index = indices[done : done + len(images)]
-        done += len(images)
-        found |= dict(bad)
-        kept = readable(index, bad)
-        split = (index[kept] * splits // len(val_set)).to(device)
-        real = data.to_float(images[kept].to(device))
-        if not len(real):
-            continue
-        totals["images"] += len(real)
-        count_features("real", "", real, split)
-        for name, run in runs.items():
-            fake, hidden = train.reconstruct(run, real, mask_noise[kept].to(device), run.args)
-            values, fakes = losses.image_quality(fake, real, hidden)
-            for metric, value in values.items():
-                totals[name, metric] += value
-            for kind, fake in fakes.items():
-                count_features(name, kind, fake, split)
-    train.note_bad_images(found, unread, val_set, fate="left out")
-    if dist.is_initialized():
-        for part in sums.values():
-            for tensor in part.values():
-                dist.all_reduce(tensor)
-    return train.sum_over_processes(totals, device), sums, len(unread)
-
-
-def print_table(results, runs, count):
-    """Table 1 on the screen: a line for each checkpoint and kind of reconstruction."""
-    width = max(len(name) for name in [*runs, "original"])
-
-    def line(name, kind, pixels, row):
-        end = f"_{kind}" if kind else ""
-        score = distance = "-"
-        if "is" + end in row:
-            score = f"{row['is' + end]:.2f} +- {row['is_std' + end]:.2f}"
-        if "fid" + end in row:
-            distance = f"{row['fid' + end]:.2f}"
-        say(f"{name:{width}}  {kind:6}  {pixels:20}  {score:>15}  {distance:>8}")
-
-    say(f"{count} images; L1 of pixels in [0, 1], PSNR in dB")
-    say(f"{'':{width}}              L1   PSNR   SSIM               IS       FID")
-    if "real" in results:
-        line("original", "", "", results["real"])
-    for name in runs:
-        for kind in losses.KINDS:
-            l1, decibels, similarity = (
-                results[name][f"{m}_{kind}"] for m in ("l1", "psnr", "ssim")
-            )
-            pixels = f"{l1:.4f}  {decibels:5.2f}  {similarity:.3f}"
-            line(name if kind == losses.KINDS[0] else "", kind, pixels, results[name])
-
-
-def draw_figures(folder, runs, val_set, device, rows=8):
-    """Figures 2 and 3 of the first images, and every checkpoint's curves, as PNG files.
-
-    reconstruction.png: a column for each checkpoint, its hidden part pasted into the visible
-    patches (PAPER SILENT: whether Figure 2's are; MSE trains nothing else). attention.png: the
-    last layer's attention of CLS, each head and their mean; of several checkpoints the means side
-    by side, and the heads in attention_NAME.png each.
-    """
-    images, mask_noise = data.collate([val_set[0, i] for i in range(min(rows, len(val_set)))])[:2]
-    real, mask_noise = data.to_float(images.to(device)), mask_noise.to(device)
-    figure_2, figure_3 = {"original": real}, {"original": real}
-    for name, run in runs.items():
-        fake, hidden = train.reconstruct(run, real, mask_noise, run.args)
-        figure_2["masked"] = data.grey_out(real, hidden)
-        figure_2[name] = torch.where(hidden > 0, fake, real)
-        maps = run.mae.cls_attention(real).cpu()  # (B, heads, side, side)
-        heads = {f"head {n + 1}": data.heat(maps[:, n]) for n in range(maps.shape[1])}
-        mean = data.heat(maps.mean(dim=1))
-        figure_3[name] = mean
-        end = "" if len(runs) == 1 else "_" + re.sub(r"\W+", "_", name).strip("_")
-        data.save_picture(
-            folder / f"attention{end}.png", {"original": real, "mean of heads": mean} | heads
-        )
-        data.draw_curves(folder / f"curves{end}.png", Path(run.path).parent / "log.jsonl")
-    data.save_picture(folder / "reconstruction.png", figure_2)
-    if len(runs) > 1:
-        data.save_picture(folder / "attention.png", figure_3)
-
-
-# ---- CKA of the features of masked and of whole images -------------------------------------------
-
-RATIOS = [n / 10 for n in range(1, 10)]  # hidden parts of the patches
-
-
-def open_encoders(args, device):
-    """--checkpoint's encoders -> ({name of the row: encoder}, args with what they settle).
-
-    `none`: random weights of the first file's sizes. All must take images and patches of one size,
-    so that they see the same patches.
-    """
-    encoders, first = {}, None
-    for path in args.checkpoints:  # `none` comes last
-        asked = args if path != "none" else first or args
-        weights, own = open_checkpoint(argparse.Namespace(**vars(asked) | {"checkpoint": path}))
-        first = first or own
-        first.seen_seeds = sorted({*first.seen_seeds, *own.seen_seeds})
-        sizes, others = ((x.image_size, x.patch_size) for x in (own, first))
-        if sizes != others:
-            fail(
-                f"{path} has --image-size and --patch-size {sizes}, {first.checkpoint} {others}: "
-                "compare them apart"
-            )
-        torch.manual_seed(args.seed)  # the same random weights on every process
-        with train.refusals():
-            encoder = model.build_encoder(own.model, *sizes)
-            if weights is not None:
-                weights = model.encoder_weights(weights, encoder.side, path)
-                model.load_whole(encoder, weights, path)
-        file = Path(path).absolute()  # checkpoint.pt is what all of train.py's files are called
-        name = file.parent.name if file.name == "checkpoint.pt" else file.stem
-        name = "random weights" if path == "none" else name
-        name += f" {len(encoders) + 1}" if name in encoders else ""
-        encoders[name] = encoder.to(device).eval()
-    return encoders, first
-
-
-def block_features(encoder, images, ids_keep, pool):
-    """CLS or mean patch token after each block, before the last norm: (blocks, B, C) float32.
-
-    images: (B, 3, H, W) in [0, 1]. ids_keep: (B, K), the patches to look at. pool: "cls", "mean".
-    """
-    levels, parts = range(1, len(encoder.blocks) + 1), []
-    for some, ids in zip(images.split(32), ids_keep.split(32), strict=True):  # less memory
-        _, outputs = encoder.encode(some, ids, levels)  # [(b, 1 + K, C)]
-        parts.append(torch.stack([model.pooled(x.float(), pool) for x in outputs]))
-    return torch.cat(parts, dim=1)
-
-
-@torch.no_grad()
-def measure_cka(args, device):
-    """How little does an encoder mind what is hidden? CKA of its features of masked and of whole
-    images, for each of RATIOS and each block: Figure 1 of Kong and Zhang, "Understanding Masked
-    Image Modeling via Learning Occlusion Invariant Feature", CVPR 2023.
-
-    PAPER SILENT (theirs): tokens, batches, images. Ours: CLS or, with --pool mean, the mean of the
-    patches that the encoder sees; 256 images, --batch-size; the whole validation set. --seed fixes
-    an image's masks; what a low ratio hides, a higher one hides, too.
-    """
-    encoders, args = open_encoders(args, device)
-    patches = (args.image_size // args.patch_size) ** 2
-    if int(patches * (1 - RATIOS[-1])) < 1:
-        fail(f"with {RATIOS[-1]} hidden, none of {patches} patches is left; lower --patch-size")
-    _, source = train.open_data(args, args.image_size)
-    check_held_out(source, args)
-    common = dict(image_size=args.image_size, num_patches=patches, seed=args.seed)
-    val_set = data.PretrainSet(source, augment=False, limit=args.val_images, **common)
-    if len(val_set) < 4 * train.world_size():
-        fail(f"{len(val_set)} images are too few for CKA: it needs 4 per process, better hundreds")
-    dtype, found, unread = train.choose_precision(args.amp, device), {}, []
-    sums = {k: torch.zeros(len(RATIOS), len(e.blocks), 3).double() for k, e in encoders.items()}
-    mine = torch.arange(train.rank(), len(val_set), train.world_size()).split(args.batch_size)
-    bar, count = tqdm(shard(val_set, args), disable=None if is_main() else True), 0
-    for index, (images, mask_noise, _, bad) in zip(mine, bar, strict=True):
-        found |= dict(bad)
-        kept = readable(index, bad)
-        if kept.sum() < 4:  # too few for an estimate
-            continue
-        count += kept.sum().item()
-        images, mask_noise = data.to_float(images[kept].to(device)), mask_noise[kept].to(device)
-        for name, encoder in encoders.items():
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                seen = (model.random_masking(mask_noise, ratio)[0] for ratio in [0, *RATIOS])
-                whole, *masked = (block_features(encoder, images, ids, args.pool) for ids in seen)
-            sums[name] += torch.stack([losses.cka_sums(x, whole) for x in masked]).cpu()
-    note_unread(found, unread, val_set)
-    parts, counts = zip(*train.of_all_processes((sums, count)), strict=True)
-    values = {name: losses.cka(sum(part[name] for part in parts)) for name in encoders}
-    if not all(value.isfinite().all() for value in values.values()):
-        fail(f"{sum(counts)} images in batches of {args.batch_size} are too few for CKA")
-    about = {"data": args.data, "images": sum(counts), "unreadable": len(unread), "ratios": RATIOS}
-    settings = ("image_size", "patch_size", "batch_size", "seed", "pool")
-    about |= {k: getattr(args, k) for k in settings}
-    about["checkpoints"] = dict(zip(encoders, args.checkpoints, strict=True))
-    if is_main():
-        write_cka(Path(args.out), values, about)
-
-
-def write_cka(out, values, about):
-    """OUT/cka.json; a table and OUT/pictures/cka.png of the first, a middle and the last block.
-
-    values: {name: CKA (ratios, blocks)}.
-    """
-    width, charts = max(map(len, values)), {}
-    say(f"CKA of masked and whole images ({about['images']}), by the hidden part:")
-    say(" " * (width + 8) + "".join(f"{ratio:7}" for ratio in RATIOS))
-    for place, part in (("first", 0), ("middle", 0.5), ("last", 1)):
-        lines = {}
-        for name, value in values.items():
-            row = value[:, round(part * (value.shape[1] - 1))].tolist()
-            lines[name] = list(zip(RATIOS, row, strict=True))
-            say(f"{place:6}  {name:{width}}" + "".join(f"{v:7.3f}" for v in row))
-        charts[f"{place} block"] = ("part hidden", RATIOS[0], RATIOS[-1], lines)
-    lowest = math.floor(10 * min(value.min().item() for value in values.values())) / 10
-    with train.writing(out):
-        (out / "pictures").mkdir(parents=True, exist_ok=True)
-        results = {name: value.tolist() for name, value in values.items()}
-        (out / "cka.json").write_text(json.dumps(about | {"cka": results}, indent=1) + "\n")
-        data.save_charts(out / "pictures/cka.png", charts, bounds=(lowest, 1), legend=True)
-    say(f"done: {out}/cka.json, {out}/pictures/cka.png")
-
-
-# ---- Several seeds against each other ------------------------------------------------------------
-
-
-def read_runs(folder):
-    """Runs in FOLDER/ROW/SEED -> {"TASK score": {row: {seed: value}}}, from the ends of their logs.
-
-    TASK is where a log lies below the run, such as knn; nothing for pre-training. A log that ends
-    without a score, as an unfinished run's may, is named and left out.
-    """
-    found, ends = {}, {}
-    rows = sorted(p.name for p in folder.glob("*/") if p.is_dir())
-    order = [*(name for name in losses.LOSSES if name in rows), *rows]
-    for row in dict.fromkeys(order):
-        logs = (folder / row).glob("*/**/log.jsonl")
-        for log in sorted(logs, key=lambda log: (len(log.parts), log)):
-            seed, *task = log.parent.relative_to(folder / row).parts
-            if not seed.isdigit():
-                fail(f"{log} is not of ROW/SEED/, SEED a number; --compare looks for no other logs")
-            *_, last = data.read_log(log) or [{}]
-            scores = [name for name in SCORES if name in last]
-            if not scores:
-                say(f"{log} is left out: it does not end with any of {', '.join(SCORES)}")
-            for score in scores:
-                name = " ".join([*task, score])
-                found.setdefault(name, {}).setdefault(row, {})[seed] = last[score]
-                ends.setdefault(name, set()).add(last.get("epoch"))
-    for name, epochs in ends.items():
-        if len(epochs) > 1:
-            epochs = sorted(epochs, key=str)
-            say(f"{name}: logs end at different epochs, {epochs}; are some runs unfinished?")
-    return found
-
-
-def mean_and_error(values):
-    """Mean of a list and its standard error, deviation / sqrt(n); None for a single value."""
-    values = torch.tensor(values, dtype=torch.float64)
-    error = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
-    return values.mean().item(), error
-
-
-def summary(rows, first):
-    """{row: {seed: value}} -> {row: {values, mean, error, difference, difference_error}}.
-
-    Differences are to the row `first`, in pairs of one seed; errors are standard errors.
-    """
-    found = {}
-    for row, seeds in rows.items():
-        mean, error = mean_and_error(list(seeds.values()))
-        found[row] = dict(values=seeds, mean=mean, error=error)
-        pairs = [value - rows[first][seed] for seed, value in seeds.items() if seed in rows[first]]
-        if row != first and pairs:
-            found[row]["difference"], found[row]["difference_error"] = mean_and_error(pairs)
-    return found
-
-
-def compare(folder):
-    """Means over seeds, and differences to the first row in pairs of one seed: a table, a picture.
-
-    Pairs share what a seed fixes: the order of the images; between rows of one kind of mask, their
-    crops and the masks; between rows whose networks are the same, the weights at the start.
-    """
-    found = read_runs(folder)
-    if not found:
-        fail(f"{folder} has no results: --compare takes logs in {folder}/ROW/SEED/ and below")
-    results = {score: summary(rows, next(iter(rows))) for score, rows in found.items()}
-    say(
-        "mean +- standard error (runs); difference to the first row +- its own, * = above two of it"
-    )
-
-    def with_error(value, error, digits):
-        return f"{value:{digits}}" + ("" if error is None else f" +- {error:6.2g}")
-
-    for score, rows in results.items():
-        say(f"\n{score}")
-        for row, entry in rows.items():
-            text = with_error(entry["mean"], entry["error"], "8.4g")
-            text = f"{row:16} {text} ({len(entry['values'])})"
-            if "difference" in entry:
-                more, error = entry["difference"], entry["difference_error"]
-                text += "   " + with_error(more, error, "+8.3g")
-                text += " *" * (error is not None and abs(more) > 2 * error)
-            say(text)
-    charts = {}
-    for name, rows in found.items():
-        *task, score = name.split()
-        title = " ".join([*task, SCORES[score]])
-        charts[title] = {row: list(seeds.values()) for row, seeds in rows.items()}
-    with train.writing(folder):
-        (folder / "compare.json").write_text(json.dumps(results, indent=1) + "\n")
-        data.save_dots(folder / "compare.png", charts)
-    say(f"done: {folder}/compare.json, {folder}/compare.png")
-
-
 # ==================================================================================================
-# What keeps it running: checkpoints in and out, data, benchmark, command line.
+# What keeps it running: checkpoints, data, command line.
 # ==================================================================================================
 
-# ---- Checkpoints in and out ----------------------------------------------------------------------
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
 KIND = "a checkpoint of train.py, finetune.py or a ViT-MAE of another project"
 # A checkpoint continues only under the same values of these.
 MUST_FIT = (
     *("task", "checkpoint", "data", "model", "image_size", "patch_size", "pool", "fraction"),
-    *("shots", "limit_images", "val_images", "layer_decay", "seed", "classes", "width"),
+    *("shots", "limit_images", "val_images", "layer_decay", "seed", "classes"),
 )
 
 
-def open_checkpoint(args):
+def open_checkpoint(args, part="classifier", script="finetune.py", keep=("pool",)):
     """Read --checkpoint -> ({name: tensor}, None for `none`; args with the sizes that it settles).
 
     Model, image and patch size are the checkpoint's where no flag gives them, and a --model or
-    --patch-size that contradicts it ends the run. With --eval, task, token, seed and classes are
-    the checkpoint's, too. seen_seeds: [seed of its training], if that was on the same --data.
+    --patch-size that contradicts it ends the run. With --eval the file is one of `script`, which
+    holds `part`; task, seed, classes and what `keep` names are its, too. seen_seeds: [seed of its
+    training], if that was on the same --data.
     """
     path, saved, weights = args.checkpoint, dict(model="base", image_size=224, patch_size=16), None
     if path != "none":
         with train.refusals():
             content = model.load_file(path, KIND)
-            names = (by_task(task)[0] for task in TASKS)
-            part = next((n for n in names if train.made_by("finetune.py", content, n)), "mae")
-            if args.eval != (part != "mae"):
-                what = "" if args.eval else ": --eval measures it, --resume continues it"
-                fail(f"{path} is {'not ' * args.eval}a checkpoint of finetune.py{what}")
-            if part != "mae" or train.made_by("train.py", content, "mae"):
-                weights, saved = content[part], content["arguments"]
+            saved, ours = content.get("arguments"), "script" in content
+            if args.eval != (ours and "mae" not in content):
+                fail(
+                    f"{path} is not a checkpoint of {script}"
+                    if args.eval
+                    else f"{path} is a checkpoint of {content['script']}: --eval measures it, "
+                    "--resume continues it"
+                )
+            if args.eval and not train.made_by(script, content, part):
+                fail(f"{path} is a checkpoint of {content['script']}, not of {script}")
+            if args.eval:
+                weights = content[part]
             else:
                 weights, left_out = model.named_as_ours(content, path, KIND)
-                saved = model.published_sizes(weights, path, args.model)
+                if not ours:
+                    saved = model.published_sizes(weights, path, args.model)
                 if left_out:
                     say(f"{path}: left out {', '.join(left_out)}")
     for what in ("model", "patch_size"):
@@ -1137,23 +482,8 @@ def open_checkpoint(args):
     settled = {what: getattr(args, what) or saved[what] for what in sizes}
     settled["seen_seeds"] = [saved["seed"]] if saved.get("data") == args.data else []
     if args.eval:
-        settled |= {what: saved[what] for what in ("task", "pool", "seed", "classes")}
-        settled["width"] = saved.get("width")
+        settled |= {what: saved.get(what) for what in ("task", "seed", "classes", *keep)}
     return weights, argparse.Namespace(**vars(args) | settled)
-
-
-def export(args):
-    """--export FILE: write --checkpoint's weights by --format's names; says what it left out."""
-    if not is_main():
-        return
-    with train.refusals():
-        checkpoint = model.load_file(args.checkpoint, "a checkpoint of train.py")
-        if not train.made_by("train.py", checkpoint, "mae"):
-            fail(
-                f"{args.checkpoint} is not a checkpoint of train.py, whose weights --export writes"
-            )
-        count, rest = model.write_weights(args.export, checkpoint["mae"], args.format)
-    say(f"wrote {args.export}: {count} tensors; left out: {rest}, of decoder or teacher")
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -1187,11 +517,8 @@ def check_held_out(source, args):
 def build_data(args):
     """-> (training, validation `LabelledSet`, args with `classes`, the names of the classes).
 
-    `DenseSet` for detection and segmentation. With --eval the classes must be the checkpoint's. One
-    line and status 2 if that cannot be.
+    With --eval the classes must be the checkpoint's. One line and status 2 if that cannot be.
     """
-    if args.task in DENSE:
-        return build_scenes(args)
     train_source, val_source = train.open_data(args, args.image_size)
     check_held_out(val_source, args)
     if len(train_source.classes) < 2:
@@ -1225,71 +552,6 @@ def build_data(args):
     return train_set, val_set, args
 
 
-def build_scenes(args):
-    """`build_data` of detection and segmentation; with --eval there is no training set: None."""
-    parts = ("val",) if args.eval else ("train", "val")
-    with train.refusals():
-        sources = data.open_scenes(args.data, args.task, image_size=args.image_size, parts=parts)
-        val_source = sources[-1]
-        if args.eval:
-            data.check_classes(args.classes, val_source.classes, (args.checkpoint, args.data))
-    train_set, common = None, dict(image_size=args.image_size, seed=args.seed, task=args.task)
-
-    def chosen(source, limit):
-        return data.choose_images(source, seed=args.seed, limit=limit or len(source)).tolist()
-
-    if not args.eval:
-        kept = chosen(sources[0], args.limit_images)
-        train_set = data.DenseSet(sources[0], kept, scales=args.scales, **common)
-        train.check_one_step(train_set, args)
-    kept, windows = chosen(val_source, args.val_images), args.slide and args.task == "segment"
-    val_set = data.DenseSet(val_source, kept, augment=False, slide=windows, **common)
-    settled = vars(args) | {"classes": list(val_source.classes)}
-    return train_set, val_set, argparse.Namespace(**settled)
-
-
-# ---- Benchmark -----------------------------------------------------------------------------------
-
-
-def random_batch(args):
-    """Random images (B, 3, S, S) uint8 and targets, as a loader gives them for --task."""
-    generator = torch.Generator().manual_seed(args.seed)
-    B, S, classes = args.batch_size, args.image_size, len(args.classes)
-    images = torch.randint(0, 256, (B, 3, S, S), generator=generator, dtype=torch.uint8)
-    shape = {"detect": (B, 7), "segment": (B, S, S)}.get(args.task, (B,))  # COCO: 7 objects
-    labels = torch.randint(0, classes, shape, generator=generator)
-    if args.task != "detect":
-        return images, labels
-    corners, rows = torch.randint(0, S // 2, (B, 7, 2, 1, 1), generator=generator), torch.arange(S)
-    x, y = rows - corners[:, :, 0], rows[:, None] - corners[:, :, 1]
-    masks = (x >= 0) & (x < S // 4) & (y >= 0) & (y < S // 4)  # squares, (B, 7, S, S)
-    return images, [data.objects_in(m, n + 1) for m, n in zip(masks, labels, strict=True)]
-
-
-def benchmark(args, device):
-    """Time the training step on random images, of as many classes as the paper's data sets have.
-
-    Prints one JSON line.
-    """
-    weights, args = open_checkpoint(args)
-    classes = range({"detect": 80, "segment": 150}.get(args.task, 1000))
-    args = argparse.Namespace(**vars(args) | {"classes": list(classes)})
-    run, batch = build_run(args, weights, device), random_batch(args)
-    run.network.train()
-    train.set_rate(run.opt, args.lr)
-
-    def step(number, place):
-        step_gradients(run, [batch] * args.accum, {"step": number}, args)
-        update(run, apply=True)
-
-    seconds = train.time_steps(step, args.benchmark, 1, device)
-    row = train.benchmark_row(run, seconds, args, task=args.task)
-    parameters = list(run.network.parameters())
-    row["parameters"] = sum(p.numel() for p in parameters)
-    row["parameters_trained"] = sum(p.numel() for p in parameters if p.requires_grad)
-    say(json.dumps(row))
-
-
 # ---- Command line --------------------------------------------------------------------------------
 
 # What --task means for the flags that are not given.
@@ -1300,31 +562,12 @@ PLAIN = dict.fromkeys(FINETUNE, 0.0)
 # PAPER SILENT: layer-wise decay and stochastic depth; ours are MAE's for ViT-B.
 FINETUNE |= dict(layer_decay=0.75, drop_path=0.1)
 PLAIN |= dict(layer_decay=1.0, drop_path=0.0)
-TASKS = ("linear", "finetune", "detect", "segment", "knn", "logistic", "reconstruct", "cka")
-TASKS = dict.fromkeys(TASKS, PLAIN) | {"finetune": FINETUNE}
-# PAPER SILENT: settings of detection and segmentation beyond rates, decay and epochs, which sec. 4
-# and Table 2 give for "all fine-tuned models". Ours: ViTDet's and MMSegmentation's layer-wise decay
-# for ViT-B, both their stochastic depth, and the widths of both their heads.
-SCENES = PLAIN | dict(weight_decay=0.05, drop_path=0.1)
-TASKS["detect"] = SCENES | dict(layer_decay=0.7, width=256)
-TASKS["segment"] = SCENES | dict(layer_decay=0.65, width=512)
-DENSE = ("detect", "segment")
-TRAINED = ("linear", "finetune", *DENSE)
 ONCE = ("knn", "logistic")  # see each image once, without augmentation
-SEVERAL = ("reconstruct", "cka")  # compare any number of checkpoints
-CKA_BATCH = 256  # its estimate is the noisier, the fewer images are compared with each other
-# What --compare looks for in logs, and how its picture calls it.
-SCORES = {
-    "psnr": "PSNR, dB",
-    "ssim": "SSIM",
-    "top1": "top-1, %",
-    "ap": "box AP, %",
-    "miou": "mIoU, %",
-}
+TASKS = dict.fromkeys(("linear", *ONCE), PLAIN) | {"finetune": FINETUNE}
 PENALTIES = [10.0**n for n in range(-5, 0)]  # on the weights of logistic regression
 # `--demo`: measures what `train.py --demo` wrote against random weights, on two CPU cores.
 DEMO = dict(
-    checkpoints=["runs/demo/checkpoint.pt"],
+    checkpoint="runs/demo/checkpoint.pt",
     data="shapes-large",
     limit_images=5000,
     val_images=1000,
@@ -1337,66 +580,63 @@ DEMO = dict(
 )
 
 
+COUNT, NUMBER, POSITIVE = train.COUNT, train.NUMBER, train.POSITIVE
+# What scripts that start from an encoder have, too.
+CHECKPOINT_FLAGS = (
+    ("--checkpoint", str, None, "of train.py, or another project's ViT-MAE; none: random weights"),
+    ("--model", model.MAE_SIZES, None, "None = the checkpoint's; base for none"),
+    ("--image-size", train.at_least(16), None, "side in pixels; None = the checkpoint's"),
+    ("--patch-size", train.at_least(2), None, "None = the checkpoint's; 16 for none"),
+)
+# PAPER SILENT: it contradicts itself on warm-up (5 or 10 epochs) and Adam's second beta (.95 or
+# .999), and does not say whether the learning rate scales with the batch. Ours: its Table 2 where
+# the two disagree (.999 is also MAE's), and MAE's linear scaling, 1e-3 at 8 x 32.
+OPTIMISER_FLAGS = (
+    ("--epochs", COUNT, 130, "paper: 130"),
+    ("--warmup-epochs", NUMBER, None, "None = 10/130 of the epochs, as the paper"),
+    *train.BATCH_FLAGS,
+    ("--blr", POSITIVE, 1e-3, "learning rate for 256 images per step; scales with them"),
+    ("--betas", (NUMBER, NUMBER), [0.9, 0.999], "of AdamW"),
+    ("--weight-decay", NUMBER, None, "of matrices; None = by task; paper: 0.05"),
+    ("--layer-decay", POSITIVE, None, "rate of a layer relative to the one above; None = by task"),
+    ("--drop-path", NUMBER, None, "stochastic depth of the last block; None = by task"),
+)
+
+
 def build_parser():
     """Every flag of finetune.py; `--help` is the manual. Table 2's values are the defaults."""
-    COUNT, NUMBER, POSITIVE = train.COUNT, train.NUMBER, train.POSITIVE
     parser = argparse.ArgumentParser(
-        description="Classify, detect or segment with a pre-trained encoder, measure "
-        "reconstructions, export weights.",
-        usage="finetune.py --checkpoint FILE|none --task linear|finetune|detect|segment|knn|"
-        "logistic|reconstruct|cka [--data PATH|shapes|cifar10] [flags; see --help]",
+        description="Classify with a pre-trained encoder: what is it worth?",
+        usage="finetune.py --checkpoint FILE|none --task linear|finetune|knn|logistic "
+        "[--data PATH|shapes|cifar10] [flags; see --help]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    text = "of train.py, or another project's ViT-MAE; none: random weights; with --eval: of "
-    text += "finetune.py; reconstruct and cka take several"
     parser.add_argument("--demo", action="store_true", help="after train.py --demo: against random")
-    parser.add_argument("--eval", action="store_true", help="only measure --checkpoint on --data")
-    parser.add_argument("--checkpoint", dest="checkpoints", metavar="FILE", nargs="+", help=text)
+    parser.add_argument("--eval", action="store_true", help="only measure finetune.py's checkpoint")
     train.add_flags(
         parser,
         "what to do",
-        ("--task", TASKS, "finetune", f"what is done (cka: --batch-size {CKA_BATCH} by default)"),
-        ("--export", str, None, "file to write the checkpoint's weights to; no task"),
-        ("--compare", str, None, "folder of runs ROW/SEED/: their means over seeds; no task"),
-        ("--format", ("mae", "timm", "hf"), "mae", "whose names --export takes"),
+        ("--task", TASKS, "finetune", "what is done"),
+        *CHECKPOINT_FLAGS,
         (
             "--pool",
             ("cls", "mean", "auto"),
             "cls",
-            "what a classifier or CKA sees: CLS, the mean patch token, or (logistic) the one that "
-            "suits held-out training images",
+            "what a classifier sees: CLS, the mean patch token, or (logistic) the one that suits "
+            "held-out training images",
         ),
-        ("--model", model.MAE_SIZES, None, "None = the checkpoint's; base for none"),
-        ("--image-size", train.at_least(16), None, "side in pixels; None = the checkpoint's"),
-        ("--patch-size", train.at_least(2), None, "None = the checkpoint's; 16 for none"),
-        ("--width", train.at_least(16), None, "of the heads; None = 256 detect, 512 segment"),
-        ("--slide", bool, True, "measure in windows, at training's scale, or all at once; segment"),
         ("--k", COUNT, 20, "neighbours that vote; knn"),
         ("--temperature", POSITIVE, 0.07, "of the votes; knn"),
         ("--whiten", bool, False, "first give features the same variance in every direction; knn"),
-        (
-            "--inception-weights",
-            str,
-            "torchvision",
-            "FILE, torchvision or none; for IS and FID of "
-            "reconstruct; published FIDs: pt_inception-2015-12-05-6726825d.pth",
-        ),
     )
     train.add_flags(
         parser,
-        "data (detect: COCO's layout, segment: ADE20K's, or shapes)",
+        "data",
         *train.DATA_FLAGS,
         ("--val-images", COUNT, None, "measure on so many; None = all"),
         ("--fraction", POSITIVE, None, "of each class's training labels, seeded"),
         ("--shots", COUNT, None, "training images per class, a seeded choice"),
         ("--crop-min", POSITIVE, 0.08, "smallest crop, part of the area; linear, finetune"),
-        (
-            "--scales",
-            (NUMBER, NUMBER),
-            None,
-            "of random enlargement; 1 = the image fits (detect) or fills (segment) --image-size; "
-            "None = .1 to 2 detect, .5 to 2 segment",
-        ),
     )
     train.add_flags(
         parser,
@@ -1405,28 +645,8 @@ def build_parser():
         ("--mixup", NUMBER, None, "alpha of its Beta; 0 = off; paper: 0.8"),
         ("--cutmix", NUMBER, None, "alpha of its Beta; 0 = off; paper: 1.0"),
         ("--rand-augment", NUMBER, None, "magnitude, 0 to 10; 0 = off; paper: 9"),
-        ("--drop-path", NUMBER, None, "stochastic depth of the last block; 0.1"),
     )
-    # PAPER SILENT: it contradicts itself on warm-up (5 or 10 epochs) and Adam's second beta (.95 or
-    # .999), and does not say whether the learning rate scales with the batch. Ours: its Table 2
-    # where the two disagree (.999 is also MAE's), and MAE's linear scaling, 1e-3 at 8 x 32.
-    train.add_flags(
-        parser,
-        "optimisation",
-        ("--epochs", COUNT, 130, "paper: 130"),
-        ("--warmup-epochs", NUMBER, None, "None = 10/130 of the epochs, as the paper"),
-        *train.BATCH_FLAGS,
-        ("--blr", POSITIVE, 1e-3, "learning rate for 256 images per step; scales with them"),
-        ("--betas", (NUMBER, NUMBER), [0.9, 0.999], "of AdamW"),
-        ("--weight-decay", NUMBER, None, "of matrices; None = by --task; paper: 0.05"),
-        (
-            "--layer-decay",
-            POSITIVE,
-            None,
-            "rate of a layer relative to the one above; None = 0.75 for finetune, 0.7 detect, 0.65 "
-            "segment, 1 for other tasks and random weights",
-        ),
-    )
+    train.add_flags(parser, "optimisation", *OPTIMISER_FLAGS)
     train.add_flags(
         parser,
         "the run",
@@ -1442,37 +662,33 @@ def parse_args(argv=None):
     Ends with status 2 on a conflict.
     """
     parser = build_parser()
-    asked = parser.parse_known_args(argv)[0]
-    if asked.demo:
+    if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**DEMO)  # flags that are given still win
-    elif asked.task == "cka":
-        parser.set_defaults(batch_size=CKA_BATCH)
     args = parser.parse_args(argv)
-    if args.compare:
-        if args.checkpoints or args.export or args.demo or args.benchmark:
-            fail("--compare reads logs alone; leave off --checkpoint, --export and --demo")
-        return args
-    if args.benchmark and args.checkpoints is None:
-        args.checkpoints = ["none"]
-    if args.checkpoints is None:
-        fail("--checkpoint is missing: give a file, or none for random weights; or try --demo")
-    args.checkpoints.sort(key="none".__eq__)  # the files first, in their order
-    args.checkpoint = args.checkpoints[0]
-    if len(args.checkpoints) > 1 and (args.task not in SEVERAL or args.export):
-        fail(f"only --task {' and '.join(SEVERAL)} take several checkpoints; give one")
-    if "none" in args.checkpoints and (args.eval or args.export or args.task == "reconstruct"):
-        fail("random weights are nothing to measure or export; give a file with --checkpoint")
-    if args.eval and args.task in SEVERAL:
-        fail(f"--eval measures a classifier; --task {args.task} measures by itself")
-    if args.task == "cka" and args.batch_size < 4:
-        fail(f"--batch-size {args.batch_size} is too small for CKA; give 4 or more")
     if args.pool == "auto" and (args.task != "logistic" or args.demo):
         fail("--pool auto is for --task logistic alone; give cls or mean")
-    if args.benchmark and args.task not in TRAINED:
-        fail(f"--benchmark times training steps, and --task {args.task} has none")
-    if args.task in DENSE:
-        check_dense(args)
-    for name, value in TASKS[args.task].items():
+    settle(args, TASKS[args.task])
+    if sum(v is not None for v in (args.fraction, args.shots, args.limit_images)) > 1:
+        fail("--fraction, --shots and --limit-images exclude each other; give one")
+    check_parts(args, "fraction", "crop_min", "label_smoothing")
+    if args.task == "linear" and train.images_per_step(args) // args.accum < 2:
+        fail("--batch-size 1 leaves the probe's batch normalisation no variance; give 2 or more")
+    if args.rand_augment > 10:
+        fail(f"--rand-augment {args.rand_augment} is beyond 10, the strongest")
+    return args
+
+
+def settle(args, defaults):
+    """Give a value to each flag that has none: that of `defaults`, or one that follows from others.
+
+    For scripts that start from --checkpoint; args.task names the folder beside it. Status 2 for
+    what cannot be.
+    """
+    if args.checkpoint is None:
+        fail("--checkpoint is missing: give a file, or none for random weights; or try --demo")
+    if args.checkpoint == "none" and args.eval:
+        fail("random weights are nothing to measure; give a file with --checkpoint")
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             random = name == "layer_decay" and args.checkpoint == "none"
             setattr(args, name, 1.0 if random else value)
@@ -1481,55 +697,39 @@ def parse_args(argv=None):
     args.lr = args.lr or args.blr * train.images_per_step(args) / 256
     beside = "runs/none" if args.checkpoint == "none" else Path(args.checkpoint).parent
     args.out = args.out or str(beside if args.eval else Path(beside) / args.task)
-    if sum(v is not None for v in (args.fraction, args.shots, args.limit_images)) > 1:
-        fail("--fraction, --shots and --limit-images exclude each other; give one")
-    for name in ("fraction", "crop_min", "layer_decay", "label_smoothing", "drop_path"):
+    check_parts(args, "layer_decay", "drop_path")
+    if max(args.betas) >= 1:
+        fail("--betas must be below 1")
+
+
+def check_parts(args, *names):
+    """Are these, where given, parts of a whole?"""
+    for name in names:
         value, below = getattr(args, name), name in ("label_smoothing", "drop_path")
         if value is not None and (value > 1 or (below and value == 1)):
             most = "below 1" if below else "1 or less"
             fail(f"--{name.replace('_', '-')} {value} must be {most}")
-    if args.task == "linear" and train.images_per_step(args) // args.accum < 2:
-        fail("--batch-size 1 leaves the probe's batch normalisation no variance; give 2 or more")
-    if args.rand_augment > 10:
-        fail(f"--rand-augment {args.rand_augment} is beyond 10, the strongest")
-    if max(args.betas) >= 1:
-        fail("--betas must be below 1")
-    return args
-
-
-def check_dense(args):
-    """End with status 2 for flags that detection and segmentation cannot follow."""
-    names = ("fraction", "shots", "mixup", "cutmix", "label_smoothing", "rand_augment")
-    for name in (name for name in names if getattr(args, name)):
-        fail(f"--{name.replace('_', '-')} is for classification; leave it off for {args.task}")
-    if args.width and args.width % 16:
-        fail(f"--width {args.width} must be a multiple of 16")
-    if args.scales and not 0 < args.scales[0] <= args.scales[1]:
-        fail(f"--scales {args.scales} must be above 0, the smaller first")
 
 
 # ---- Main ----------------------------------------------------------------------------------------
 
 
 def run_task(args, device):
-    """Any --task of one checkpoint, or --eval -> (signal that ended it or 0, score in per cent).
-
-    The score is top-1, detection's box AP or segmentation's mIoU.
-    """
+    """Any --task, or --eval -> (signal that ended it or 0, top-1 in per cent)."""
     weights, args = open_checkpoint(args)
     train_set, val_set, args = build_data(args)
+    run = build_classifier_run(args, weights, device)
     if args.eval:
-        run = build_run(args, weights, device)
         row = run.evaluate(run, shard(val_set, args), [], args)
         train.write_row(row)
     elif args.task in ONCE:
-        run, out = build_run(args, weights, device), Path(args.out)
+        out = Path(args.out)
         if is_main():
             train.start_output(out, 0)  # a new log
         row = measure_features(run, train_set, val_set, args)
         train.write_row({"epoch": 0, "training_images": len(train_set), **row}, out)
     else:
-        return train_task(args, weights, train_set, val_set, device)
+        return train_network(run, train_set, val_set, args)
     return 0, row[run.score]
 
 
@@ -1563,20 +763,10 @@ def demo(args, device):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.compare:
-        return compare(Path(args.compare))
-    if args.export:
-        return export(args)
     device = train.start_processes()
     stopped = 0
-    if args.benchmark:
-        benchmark(args, device)
-    elif args.demo:
+    if args.demo:
         demo(args, device)
-    elif args.task == "reconstruct":
-        measure_reconstructions(args, device)
-    elif args.task == "cka":
-        measure_cka(args, device)
     else:
         stopped, _ = run_task(args, device)
     train.stop_processes()

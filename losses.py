@@ -1,18 +1,16 @@
 """Losses of Perceptual MAE (paper sec. 3.1, eq. 1-7), gradient regularisers (sec. 3.2), metrics.
 
-Self-contained: needs only torch and numpy. Images are float (B, 3, H, W) in [0, 1]; masks are
+Self-contained: needs only torch. Images are float (B, 3, H, W) in [0, 1]; masks are
 (B, N) with 1 = hidden; feature maps come as lists of (B, C_j, H_j, W_j). Every loss returns a
 scalar, in float32 whatever the autocast.
 
 `LOSSES` is the one table from which `train.py --loss` chooses. In order: the pixel terms (MAE's
 masked MSE, eq. 1, eq. 2), the perceptual term (eq. 3), the adversarial pair (eq. 4 and 5), the
-regularisers, what siblings minimise, segmentation; then metrics: of images, of sets of images, of
-features, of detections, of class maps.
+regularisers; then the metrics of images.
 """
 
 import math
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -30,16 +28,8 @@ from torch.nn import functional as F
 #   ada        adaptive augmentation of all that D sees (sec. 3.2)
 #   path       path-length regularisation of G (sec. 3.2)
 #   arch       the autoencoder that the paper pairs with the loss
-# The last five rows are siblings, MAE with one thing changed, from two other papers; their terms
-# are train.py's SIBLING_TERMS, pixel is "mse" where they paint:
-#   masks      "random" patches, or "block" (see data.py, `block_mask`)
-#   views      how many colourings of each image
-#   momentum   of the teacher, a moving average of the network (see train.py, `teacher_momentum`)
 ROW = dict(pixel="l1", phi=None, adversary=None, weight=1.0, ada=False, path=False, arch="mae")
-ROW |= dict(masks="random", views=1, momentum=None)
 MSG = ROW | dict(adversary="msg", weight=0.1, arch="msg_mae")
-BLOCKS = ROW | dict(masks="block")
-CONTRAST = ROW | dict(pixel=None, arch="c_mae", views=2, momentum=(0.996, 0.996))
 LOSSES = {
     "mse": ROW | dict(pixel="mse"),
     "ms_ssim": ROW | dict(pixel="ms_ssim_l1"),
@@ -50,11 +40,6 @@ LOSSES = {
     "stylegan2_ada_p": MSG | dict(adversary="stylegan2", phi="disc", ada=True, path=True),
     "dvae_p": ROW | dict(phi="dvae"),
     "vgg_p": ROW | dict(phi="vgg"),
-    "feature_mae": BLOCKS | dict(pixel=None, arch="feature_mae"),
-    "boot_mae": BLOCKS | dict(pixel="mse", arch="boot_mae", momentum=(0.999, 0.9999)),
-    "r_mae": ROW | dict(pixel="mse", arch="r_mae"),
-    "c_mae": CONTRAST,
-    "byol_mae": CONTRAST,
 }
 
 # Pixel statistics of ImageNet, as in model.py: each file can be copied alone.
@@ -104,13 +89,11 @@ def patch_statistics(patches):
     return mean, (patches.var(dim=2, keepdim=True) + 1e-6).sqrt()
 
 
-def masked_mse(reconstruction, images, mask, patch_size, norm_pix=False, weight=1.0):
-    """MAE's loss: mean squared error over the hidden patches (He et al. 2022).
+def patch_errors(reconstruction, images, patch_size, norm_pix=False):
+    """Mean squared error of each patch, (B, N), in ImageNet-normalised units, as published values.
 
-    PAPER SILENT: whether `mse` has norm_pix, MAE's better variant; off unless --norm-pix-loss.
-    reconstruction, images: (B, 3, H, W) in [0, 1]; both are ImageNet-normalised here, so that
-    values compare with published ones. norm_pix: each target patch is normalised by its own mean
-    and deviation, and the reconstruction is what should match that. weight: see `masked_mean`.
+    reconstruction, images: (B, 3, H, W) in [0, 1]. norm_pix: each target patch is normalised by its
+    own mean and deviation, and the reconstruction is what should match that.
     """
     mean, std = per_channel(IMAGENET_MEAN, images), per_channel(IMAGENET_STD, images)
     prediction = patchify((reconstruction.float() - mean) / std, patch_size)
@@ -118,17 +101,17 @@ def masked_mse(reconstruction, images, mask, patch_size, norm_pix=False, weight=
     if norm_pix:
         patch_mean, patch_std = patch_statistics(target)
         target = (target - patch_mean) / patch_std
-    per_patch = (prediction - target).square().mean(dim=2)  # (B, N)
-    return masked_mean(per_patch, mask, weight)
+    return (prediction - target).square().mean(dim=2)
 
 
-def masked_mean(per_patch, mask, weight=1.0):
-    """Mean of per_patch (B, N) over the hidden patches; the visible ones give no gradient.
+def masked_mse(reconstruction, images, mask, patch_size, norm_pix=False):
+    """MAE's loss: mean squared error over the hidden patches (He et al. 2022).
 
-    mask: (B, N), 1 = hidden. weight: (B, N) or a number, a factor on each patch. The sum is divided
-    by the number of hidden patches, not by the sum of their weights.
+    PAPER SILENT: whether `mse` has norm_pix, MAE's better variant; off unless --norm-pix-loss.
+
+    mask: (B, N), 1 = hidden; visible patches give no gradient. Others: see `patch_errors`.
     """
-    return (per_patch * mask * weight).sum() / mask.sum()
+    return (patch_errors(reconstruction, images, patch_size, norm_pix) * mask).sum() / mask.sum()
 
 
 # ---- L1 (eq. 1) ----------------------------------------------------------------------------------
@@ -359,74 +342,6 @@ def path_length_penalty(lengths, mean):
     return (lengths / mean - 1).square().mean()
 
 
-# ---- Siblings: features and contrast (PAPER SILENT: the sibling's paper) -------------------------
-
-
-def mask_density(mask):
-    """BootMAE's weights (B, N), 1 to 2: 1 + the part of a patch's 3 x 3 neighbourhood, itself
-    included, that is hidden. mask: (B, N), 1 = hidden. Beyond the image nothing is.
-
-    What lies deep inside a hidden block is hard to guess, and counts more than its rim. PAPER
-    SILENT: "larger loss weight to the center region of each block"; the density is its code's.
-    """
-    side = math.isqrt(mask.shape[1])
-    return 1 + F.avg_pool2d(mask.view(-1, 1, side, side), 3, stride=1, padding=1).flatten(1)
-
-
-def masked_feature_mse(features, target, mask, weight=1.0):
-    """Mean squared error of the hidden patches' features: (B, N, C) twice -> scalar.
-
-    Both sides have each token's mean and deviation removed first (BootMAE's target and, in its
-    code, prediction), so that predicting nothing costs 1. mask, weight: see `masked_mean`.
-    """
-    features = F.layer_norm(features.float(), features.shape[2:], eps=1e-6)
-    target = F.layer_norm(target.detach().float(), target.shape[2:], eps=1e-6)
-    return masked_mean((features - target).square().mean(dim=2), mask, weight)
-
-
-def info_nce(queries, targets, first=0, temperature=0.2):
-    """-log softmax(s / temperature) of the right image, mean over images and places. PAPER: C-MAE's
-    eq. 9, with s, the cosine, of eq. 10.
-
-    queries: (B, n, C); targets: (M, n, C), of which first + b is query b's. PAPER SILENT: the
-    negatives. A query is compared with the targets at its own place in all M images; among places
-    of one image, position embeddings alone would tell the targets apart. With all similarities
-    equal, the loss is log M.
-    """
-    with torch.autocast(queries.device.type, enabled=False):
-        q, t = (F.normalize(x.float(), dim=2) for x in (queries, targets.detach()))
-        similarity = torch.einsum("bnd,mnd->nbm", q, t) / temperature  # (n, B, M)
-    right = torch.arange(len(q), device=q.device) + first
-    return F.cross_entropy(similarity.flatten(0, 1), right.repeat(q.shape[1]))
-
-
-def byol_loss(queries, targets):
-    """2 - 2 cos, mean over all pairs (Grill et al. 2020): (B, n, C) twice -> scalar in [0, 4]."""
-    return 2 - 2 * F.cosine_similarity(queries.float(), targets.detach().float(), dim=2).mean()
-
-
-# ---- Segmentation (Table 3) ----------------------------------------------------------------------
-
-IGNORED = 255  # label of pixels that count nowhere
-
-
-def segmentation_loss(logits, target, aux_logits=None, aux_weight=0.4):
-    """Mean cross-entropy of the labelled pixels, plus `aux_weight` times that of the second head.
-
-    logits, aux_logits: (B, classes, H, W). target: (B, H, W), integers; 255 = ignored. Returns:
-    scalar, 0 with a gradient of 0 where all pixels are ignored (F.cross_entropy: NaN).
-    PAPER SILENT: the loss and the weight; both are mmsegmentation's. DIFFERS: it divides by the
-    number of all pixels, ignored ones included.
-    """
-    target = target.long()
-    labelled = (target != IGNORED).sum().clamp(min=1)
-
-    def mean(x):
-        return F.cross_entropy(x.float(), target, ignore_index=IGNORED, reduction="sum") / labelled
-
-    return mean(logits) + (0 if aux_logits is None else aux_weight * mean(aux_logits))
-
-
 # ---- Image metrics -------------------------------------------------------------------------------
 
 
@@ -489,249 +404,3 @@ def image_quality(fake, real, hidden):
         values[f"psnr_{kind}"] = psnr(images, real)
         values[f"ssim_{kind}"] = ssim(images, real)
     return {name: value.sum() for name, value in values.items()}, fakes
-
-
-# ---- Metrics of sets of images: IS and FID (Table 1) ---------------------------------------------
-
-
-def inception_sums(features, logits, split, splits=10):
-    """What IS and FID need of a batch, as sums to be added up over batches and processes.
-
-    features: (B, C), pooled Inception features. logits: (B, K). split: (B,), to which of the
-    `splits` parts of IS each image belongs. Returns {name: float64 tensor}, whose sizes do not
-    depend on the number of images.
-    """
-    features, log_p = features.double(), logits.double().log_softmax(dim=1)
-    p = log_p.exp()
-    member = F.one_hot(split, splits).T.to(p)  # (splits, B)
-    return {
-        "images": member.sum(dim=1),  # (splits,)
-        "features": features.sum(dim=0),  # (C,)
-        "products": features.T @ features,  # (C, C)
-        "p": member @ p,  # (splits, K)
-        "p_log_p": member @ (p * log_p).sum(dim=1),  # (splits,)
-    }
-
-
-def inception_score(sums):
-    """Inception Score (Salimans et al. 2016) -> (mean, standard deviation) over its splits.
-
-    exp of the mean KL divergence of p(class | image) from its mean over the split's images: 1 at
-    the worst, the number of classes at the best. sums: from `inception_sums`.
-    """
-    kept = sums["images"] > 0
-    images, mean_p = sums["images"][kept], sums["p"][kept] / sums["images"][kept, None]
-    divergence = sums["p_log_p"][kept] / images - torch.xlogy(mean_p, mean_p).sum(dim=1)
-    scores = divergence.exp()
-    return scores.mean().item(), scores.std(correction=0).item()
-
-
-def mean_and_covariance(sums):
-    """`inception_sums` -> mean (C,) and unbiased covariance (C, C) of the features, float64."""
-    n = sums["images"].sum()
-    mean = sums["features"] / n
-    return mean, (sums["products"] - n * torch.outer(mean, mean)) / (n - 1)
-
-
-def frechet_distance(mean_x, cov_x, mean_y, cov_y):
-    """Fréchet distance of two Gaussians, the D of FID (Heusel et al. 2017) -> float.
-
-    |mean_x - mean_y|^2 + Tr(cov_x + cov_y - 2 (cov_x cov_y)^(1/2)), float64. The root's trace is
-    taken from the eigenvalues of R^T cov_y R with cov_x = R R^T: real and symmetric, where a root
-    of the product itself is neither. Directions without variance, which any set of fewer images
-    than features has, are dropped: the root would magnify their rounding errors.
-    """
-
-    def positive(eigenvalues):
-        return eigenvalues > eigenvalues.max() * len(cov_x) * torch.finfo(cov_x.dtype).eps
-
-    values, vectors = torch.linalg.eigh(cov_x)
-    kept = positive(values)
-    root = vectors[:, kept] * values[kept].sqrt()  # R, (C, r)
-    products = torch.linalg.eigvalsh(root.T @ cov_y @ root)
-    trace = products[positive(products)].sqrt().sum()
-    distance = (mean_x - mean_y).square().sum() + cov_x.trace() + cov_y.trace() - 2 * trace
-    return distance.item()
-
-
-# ---- Similarity of features: CKA -----------------------------------------------------------------
-
-
-def hsic(K, L):
-    """Unbiased estimate of the Hilbert-Schmidt independence criterion: (..., n, n) -> (...).
-
-    K, L: kernel matrices of the same n >= 4 images, whose diagonals do not count. Its mean is 0 for
-    independent features, so it may be below. Song et al. 2012, HSIC_1.
-    """
-    n = K.shape[-1]
-    K, L = (kernel * (1 - torch.eye(n).to(kernel)) for kernel in (K, L))
-    of_k, of_l = K.sum(dim=-1), L.sum(dim=-1)  # (..., n), each image's with all others
-    sums = (K * L).sum(dim=(-2, -1)) - 2 / (n - 2) * (of_k * of_l).sum(dim=-1)
-    sums = sums + of_k.sum(dim=-1) * of_l.sum(dim=-1) / ((n - 1) * (n - 2))
-    return sums / (n * (n - 3))
-
-
-def cka_sums(x, y):
-    """What `cka` needs of a batch, to be added up over batches and processes: (..., 3) float64.
-
-    x: (..., n, C), y: (..., n, D), features of the same n >= 4 images. Returns n times the HSIC of
-    linear kernels, of x with y, x with itself, y with itself: a batch counts by its images.
-    """
-    x, y = (z.double() - z.double().mean(dim=-2, keepdim=True) for z in (x, y))  # less rounding
-    K, L = x @ x.mT, y @ y.mT
-    return x.shape[-2] * torch.stack([hsic(K, L), hsic(K, K), hsic(L, L)], dim=-1)
-
-
-def cka(sums):
-    """Linear centred kernel alignment (Kornblith et al. 2019) of `cka_sums`: (..., 3) -> (...).
-
-    1: features equal up to rotation, shift and scale; about 0: unrelated. The ratio is that of the
-    sums over all batches (Nguyen et al. 2021): the mean of the batches' ratios would be biased.
-    Not finite where too few images leave features an HSIC of 0 or less with themselves.
-    """
-    both, x, y = sums.unbind(dim=-1)
-    return both / (x.clamp(min=0) * y.clamp(min=0)).sqrt()
-
-
-# ---- Average precision of detections (Table 3: COCO) ---------------------------------------------
-
-IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # T
-AREAS = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])  # A ranges, pixels
-RECALLS = np.linspace(0, 1, 101)
-
-
-def overlaps(found, truth, crowd):
-    """Intersection over union of D detections with G objects, (D, G), and the former's areas (D,).
-
-    found, truth: float64 boxes (D, 4) and (G, 4), xyxy, or bool masks (D, H, W) and (G, H, W).
-    crowd: (G,) bool, COCO's iscrowd, one mask for a group of objects: there the intersection is
-    divided by the detection's own area, not by the union.
-    """
-    if found.ndim == 3:
-        pixels = found[0].size  # float32: fast, and exact up to 16.7 million of them
-        found, truth = (x.reshape(-1, pixels).astype(np.float32) for x in (found, truth))
-        shared, area, other = found @ truth.T, found.sum(axis=1), truth.sum(axis=1)
-        shared, area, other = (x.astype(np.float64) for x in (shared, area, other))
-    else:
-        low = np.maximum(found[:, None, :2], truth[None, :, :2])
-        high = np.minimum(found[:, None, 2:], truth[None, :, 2:])
-        shared = (high - low).clip(0).prod(axis=2)
-        area, other = ((x[:, 2:] - x[:, :2]).prod(axis=1) for x in (found, truth))
-    union = np.where(crowd, area[:, None], area[:, None] + other - shared)
-    return shared / np.maximum(union, 1e-12), area
-
-
-def match_class(ious, crowd, ignored):
-    """Give detections of one class, best first, an object each: two bool arrays (D, A, T).
-
-    ious: (D, G), crowd: (G,), ignored: (A, G), objects that count neither way in an area range.
-    Returns: was there an object? is it ignored? Each detection in turn takes the free object that
-    overlaps it most, and an ignored one only where no other is left; a crowd stays free.
-    """
-    D, G = ious.shape
-    A, T = len(ignored), len(IOU_THRESHOLDS)
-    hit, unseen = np.zeros((D, A, T), bool), np.zeros((D, A, T), bool)
-    taken = np.zeros((A, T, G), bool)
-    for d in range(D if G else 0):
-        fits = (ious[d] >= IOU_THRESHOLDS[:, None]) & (~taken | crowd)  # (A, T, G)
-        rank = np.where(fits, ious[d] + np.where(ignored, 0, 2)[:, None], -1)
-        picked = G - 1 - rank[..., ::-1].argmax(axis=2)  # of equals the last, as COCO
-        hit[d] = fits.any(axis=2)
-        unseen[d] = hit[d] & np.take_along_axis(ignored, picked, axis=1)
-        taken |= hit[d][..., None] & (picked[..., None] == np.arange(G))
-    return hit, unseen
-
-
-def match_detections(found, truth, *, masks=False):
-    """Compare an image's detections with its objects -> a dict of small arrays for `coco_ap`.
-
-    found: {"scores" (D,), "labels" (D,), "boxes" (D, 4) or, with masks=True, "masks" (D, H, W)}.
-    truth: {"labels" (G,), "crowd" (G,), "area" (G,), and the same}. CPU tensors; boxes are xyxy,
-    all in pixels of the image itself, since AREAS are. The best 100 of each class take part.
-    """
-    key = "masks" if masks else "boxes"
-    found, truth = ({k: np.asarray(v) for k, v in x.items()} for x in (found, truth))
-    found[key], truth[key] = (x[key].astype(bool if masks else np.float64) for x in (found, truth))
-    low, high = AREAS.T[:, :, None]
-    ignored = (truth["area"] < low) | (truth["area"] > high) | truth["crowd"]  # (A, G)
-    chosen, hits, unseen = [np.zeros(0, np.int64)], [], []
-    for label in np.unique(found["labels"]):
-        best = np.flatnonzero(found["labels"] == label)
-        best = best[np.argsort(-found["scores"][best], kind="stable")][:100]
-        mine = np.flatnonzero(truth["labels"] == label)
-        ious, area = overlaps(found[key][best], truth[key][mine], truth["crowd"][mine])
-        hit, skip = match_class(ious, truth["crowd"][mine], ignored[:, mine])
-        outside = ((area < low) | (area > high)).T[:, :, None]  # (D, A, 1)
-        chosen, hits, unseen = [*chosen, best], [*hits, hit], [*unseen, skip | (~hit & outside)]
-    chosen, none = np.concatenate(chosen), np.zeros((0, len(AREAS), len(IOU_THRESHOLDS)), bool)
-    return {
-        "labels": found["labels"][chosen],
-        "scores": found["scores"][chosen],
-        "hit": np.concatenate([none, *hits]),  # (D, A, T): is there an object?
-        "unseen": np.concatenate([none, *unseen]),  # (D, A, T): counts neither way
-        "truth": truth["labels"],
-        "counted": ~ignored.T,  # (G, A)
-    }
-
-
-def coco_ap(matches):
-    """COCO's average precision -> {"ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"}.
-
-    matches: `match_detections` of every image, by ascending image id (equal scores keep the order).
-    Precision, made to fall with recall, is averaged over 101 recalls, over the classes that have
-    objects and, but for ap50 and ap75, over the IoUs .5 to .95: in [0, 1], or -1 without objects.
-    """
-    pool = {name: np.concatenate([match[name] for match in matches]) for name in matches[0]}
-    order = np.argsort(-pool["scores"], kind="stable")
-    labels, hit, unseen = (pool[name][order] for name in ("labels", "hit", "unseen"))
-    classes = np.unique(pool["truth"])
-    precision = np.full((len(classes), len(AREAS), len(IOU_THRESHOLDS)), np.nan)
-    for k, a, t in np.ndindex(precision.shape):
-        objects = pool["counted"][pool["truth"] == classes[k], a].sum()
-        right = hit[(labels == classes[k]) & ~unseen[:, a, t], a, t]
-        if objects:
-            found = right.cumsum()
-            curve = found / np.arange(1, len(found) + 1)
-            curve = np.maximum.accumulate(curve[::-1])[::-1]  # the best at this recall or more
-            place = np.searchsorted(found / objects, RECALLS)  # past the end: never reached
-            precision[k, a, t] = np.append(curve, 0)[place].mean()
-
-    def mean(values):
-        values = values[~np.isnan(values)]
-        return values.mean().item() if len(values) else -1.0
-
-    scores = {"ap": precision[:, 0], "ap50": precision[:, 0, 0], "ap75": precision[:, 0, 5]}
-    for a, name in enumerate(("ap_small", "ap_medium", "ap_large"), start=1):
-        scores[name] = precision[:, a]
-    return {name: mean(values) for name, values in scores.items()}
-
-
-# ---- Scores of class maps (Table 3: ADE20K) ------------------------------------------------------
-
-
-def confusion_matrix(prediction, target, classes):
-    """(classes, classes) int64, pixels by true (row) and predicted class; sums over images add up.
-
-    prediction, target: integers of one shape; target 255, unknown, does not count.
-    """
-    known = target != IGNORED
-    pairs = target[known].long() * classes + prediction[known].long()
-    return pairs.bincount(minlength=classes * classes).view(classes, classes)
-
-
-def segmentation_scores(matrix):
-    """`confusion_matrix` of a whole set -> {"miou", "miou_all", "pixel_accuracy"} in [0, 1].
-
-    IoU of a class: pixels rightly given to it, of those that are or were given to it. miou: mean
-    over classes in truth or prediction (MMSegmentation's); miou_all: over all, absent ones count
-    as 0 (the SceneParsing benchmark's).
-    """
-    matrix = matrix.double()
-    right = matrix.diagonal()
-    union = matrix.sum(dim=0) + matrix.sum(dim=1) - right
-    iou = right / union.clamp(min=1)
-    return {
-        "miou": (iou.sum() / (union > 0).sum()).item(),
-        "miou_all": iou.mean().item(),
-        "pixel_accuracy": (right.sum() / matrix.sum()).item(),
-    }

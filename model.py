@@ -1,16 +1,15 @@
-"""Networks of Perceptual MAE: ViT encoder, MAE and MSG-MAE, discriminators, ADA, fine-tuning.
+"""Networks of Perceptual MAE: ViT encoder, MAE and MSG-MAE, discriminators, ADA, classifier.
 
 Implements the MAE of He et al. 2022 as the Perceptual MAE paper configures it (sec. 4 and the
 supplement's Table 1), its skip connections (sec. 3.3), the discriminators D of sec. 3.1 and 3.2,
 each of which is also the loss network phi, adaptive discriminator augmentation (sec. 3.2), and
-what fine-tuning puts on the encoder: classifier (sec. 4), detector, segmenter (supplement A.2).
-Between pre-training and fine-tuning stand siblings: MAE with one thing changed, from other papers.
-At the end: phi of eq. 7 (dVAE, VGG), Inception for FID, and weights in and out.
+the classifier that fine-tuning makes of the encoder (sec. 4). At the end: phi of eq. 7 (dVAE, VGG),
+and weights in: files of this and of other projects.
 
-Self-contained: needs only torch (the detector, VGG and Inception also torchvision, .safetensors
-files safetensors). Every network takes images as float (B, 3, H, W) in [0, 1] and normalises them
-on its own first line; reconstructions come back in the same units. Parameter names are those of the
-published MAE, so its checkpoints load strictly into `MAE`, and the encoder loads into timm's ViT.
+Self-contained: needs only torch (VGG also torchvision, .safetensors files safetensors). Every
+network takes images as float (B, 3, H, W) in [0, 1] and normalises them on its own first line;
+reconstructions come back in the same units. Parameter names are those of the published MAE, so its
+checkpoints load strictly into `MAE`, and the encoder loads into timm's ViT.
 
     mae = build_mae("base")                                # 224 px, 16 px patches
     reconstructions, mask = mae(images, mask_ratio=0.75)   # [(B, 3, 224, 224)], (B, 196)
@@ -23,7 +22,6 @@ import math
 import pickle
 import re
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -168,11 +166,6 @@ class Attention(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C / heads)
         return self.proj(attended.transpose(1, 2).reshape(x.shape))  # heads side by side again
 
-    def weights(self, x):
-        """Softmax weights (B, heads, N, N), each row adding up to 1; `forward` never forms them."""
-        q, k, _ = self.split(x)
-        return (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(dim=3)
-
 
 class Mlp(nn.Module):
     """Two linear layers around an exact GELU; hidden width 4 C. (B, N, C) -> same."""
@@ -298,16 +291,6 @@ class ViT(nn.Module):
         """Images (B, 3, H, W) in [0, 1] -> tokens (B, 1 + N, C), CLS first."""
         return self.encode(images)[0]
 
-    def cls_attention(self, images):
-        """Where CLS looks in the last block (paper, Figure 3): (B, heads, side, side).
-
-        images: (B, 3, H, W) in [0, 1], nothing hidden. A map's values, with the weight that CLS
-        keeps for itself, add up to 1.
-        """
-        last = self.blocks[-1]
-        _, [x] = self.encode(images, levels=[len(self.blocks) - 1])  # what the last block takes
-        return last.attn.weights(last.norm1(x))[:, :, 0, 1:].unflatten(2, (self.side, self.side))
-
 
 # ---- Masked autoencoder: the generator G ---------------------------------------------------------
 
@@ -370,10 +353,6 @@ class MAE(ViT):
         ids_keep, ids_restore, mask = random_masking(mask_noise, mask_ratio)
         inputs = self.decoder_inputs(images, ids_keep, ids_restore)  # the encoder sees K patches
         return self.decode(inputs), mask
-
-    def reconstruct(self, images, mask_ratio, mask_noise):
-        """What is shown and measured: MAE's `forward`, even where a sibling has its own."""
-        return MAE.forward(self, images, mask_ratio, mask_noise)
 
     def decoder_inputs(self, images, ids_keep, ids_restore):
         """Encode the patches ids_keep (B, K) -> [the decoder's input, then skips if there are any],
@@ -1047,266 +1026,6 @@ class AdaAugment:
         self.sign_sum, self.images, self.steps = 0.0, 0, 0
 
 
-# ---- Siblings: MAE with one thing changed --------------------------------------------------------
-#
-# Not of the Perceptual MAE paper. BootMAE and the regression of features: Dong et al. 2022; R-MAE
-# and C-MAE: Kong and Zhang 2023. A forward pass takes images (C-MAE: two views of each), mask_ratio
-# and mask_noise, as MAE's but without defaults, and returns what the loss compares (train.py,
-# "Siblings"). PAPER, PAPER SILENT and DIFFERS mean the sibling's paper here.
-
-
-@torch.no_grad()
-def move_teacher(network, momentum):
-    """network.teacher <- momentum teacher + (1 - momentum) network; momentum 0 copies.
-
-    The teacher has some of the network's parameters, under the same names.
-    """
-    own = dict(network.named_parameters())
-    for name, parameter in network.teacher.named_parameters():
-        parameter.lerp_(own[name].to(parameter), 1 - momentum)
-
-
-@torch.no_grad()
-def feature_target(teacher, images):
-    """What a teacher, a `ViT`, makes of the whole images: (B, N, C), before its final norm."""
-    _, [x] = teacher.encode(images, levels=[len(teacher.blocks)])
-    return x[:, 1:]
-
-
-class FeatureMAE(MAE):
-    """MAE whose target is a trained MAE's features, not pixels: what an encoder has understood is
-    a better target than what a camera saw. PAPER SILENT: which layer; BootMAE's target is taken.
-    """
-
-    def __init__(self, *, teacher, decoder_width, **sizes):
-        super().__init__(decoder_width=decoder_width, **sizes)
-        self.decoder_pred = linear(decoder_width, teacher.cls_token.shape[2])
-        self.teacher = teacher.requires_grad_(False)
-
-    def forward(self, images, mask_ratio, mask_noise):
-        """-> (predicted features (B, N, D), the teacher's, mask (B, N))."""
-        ids_keep, ids_restore, mask = random_masking(mask_noise, mask_ratio)
-        x = self.decoder_maps(self.decoder_inputs(images, ids_keep, ids_restore))[-1][:, 1:]
-        features = self.decoder_pred(self.decoder_norm(x))
-        return features, feature_target(self.teacher, images), mask
-
-
-class CrossAttention(nn.Module):
-    """Attention of x (B, N, C) to a context (B, M, D): softmax(q k^T / sqrt(C / heads)) v.
-
-    PAPER: BootMAE's supplement, eq. 1 and 2. DIFFERS, as its code does: heads, an output
-    projection, keys from the encoder's width; and hidden patches ask, too, not the visible alone.
-    """
-
-    def __init__(self, width, heads, context_width):
-        super().__init__()
-        self.heads = heads
-        self.q, self.kv = linear(width, width), linear(context_width, 2 * width)
-        self.proj = linear(width, width)
-
-    def forward(self, x, context):
-        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
-        k, v = self.kv(context).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(attended.transpose(1, 2).flatten(2))
-
-
-class CrossBlock(Block):
-    """`Block` that looks at a context between attention and MLP. (B, N, C), (B, M, D) -> first.
-
-    PAPER SILENT: the order; that of BootMAE's code, and its norms.
-    """
-
-    def __init__(self, width, heads, context_width):
-        super().__init__(width, heads)
-        self.norm_x = nn.LayerNorm(width, eps=1e-6)
-        self.norm_context = nn.LayerNorm(context_width, eps=1e-6)
-        self.cross = CrossAttention(width, heads, context_width)
-
-    def forward(self, x, context):
-        x = x + self.attn(self.norm1(x))
-        x = x + self.cross(self.norm_x(x), self.norm_context(context))
-        return x + self.mlp(self.norm2(x))
-
-
-class CrossDecoder(nn.Module):
-    """BootMAE's decoder: encoder tokens (B, 1 + K, C) and a context of as many -> (B, N, out).
-
-    PAPER SILENT: heads; the caller's. DIFFERS: visible tokens get positions, too, as in MAE.
-    """
-
-    def __init__(self, encoder, width, heads, out, depth=2):
-        super().__init__()
-        C = encoder.cls_token.shape[2]
-        self.embed = linear(C, width)
-        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.register_buffer("pos_embed", sincos_positions(width, encoder.side))
-        self.blocks = nn.ModuleList(CrossBlock(width, heads, C) for _ in range(depth))
-        self.norm, self.pred = nn.LayerNorm(width, eps=1e-6), linear(width, out)
-
-    def forward(self, x, ids_restore, context):
-        x = with_mask_tokens(self.embed(x), self.mask_token, ids_restore) + self.pos_embed
-        for block in self.blocks:
-            x = block(x, context)
-        with torch.autocast(x.device.type, enabled=False):  # as in `MAE.decode`
-            return self.pred(self.norm(x[:, 1:].float()))
-
-
-class BootMAE(ViT):
-    """MAE that also predicts the features of its own past: a moving average of the encoder sees
-    the whole image. The decoders look up what else they need, the one for pixels in an early level
-    of the encoder, the one for features in the last, so that the encoder need not carry it along.
-    """
-
-    def __init__(self, *, heads, decoder_width, decoder_heads, decoder_depth, **sizes):
-        super().__init__(heads=heads, **sizes)  # decoders have a depth of their own
-        C, p = sizes["width"], self.patch_size
-        self.regressor = CrossDecoder(self, decoder_width, decoder_heads, 3 * p * p)
-        self.predictor = CrossDecoder(self, C, heads, C)
-        self.teacher = ViT(heads=heads, **sizes).requires_grad_(False)
-        move_teacher(self, 0)
-
-    def forward(self, images, mask_ratio, mask_noise):
-        """-> (image (B, 3, H, W), features (B, N, C), the teacher's (B, N, C), mask (B, N))."""
-        ids_keep, ids_restore, mask = random_masking(mask_noise, mask_ratio)
-        tokens, [low, high] = self.encode(images, ids_keep, [1, len(self.blocks)])
-        image = self.paint(tokens, ids_restore, low)
-        features = self.predictor(tokens, ids_restore, high)
-        return image, features, feature_target(self.teacher, images), mask
-
-    def paint(self, tokens, ids_restore, low):
-        """Encoder tokens and its first block's (B, 1 + K, C) -> image (B, 3, H, W)."""
-        patches = self.regressor(tokens, ids_restore, low)
-        return imagenet_denormalize(unpatchify(patches, self.patch_size))
-
-    def reconstruct(self, images, mask_ratio, mask_noise):
-        """As `MAE.reconstruct`."""
-        ids_keep, ids_restore, mask = random_masking(mask_noise, mask_ratio)
-        tokens, [low] = self.encode(images, ids_keep, [1])
-        return [self.paint(tokens, ids_restore, low)], mask
-
-
-class RMAE(MAE):
-    """MAE that has to paint the same from two views of an image, one of which sees what the other
-    does not: occlusion must not matter. second: what the other view sees; "complement": all that
-    is hidden from the first; "independent" (R-MAE with a dagger): a choice of its own, as much as
-    that; "whole" (double dagger): everything. PAPER: R-MAE, eq. 6 and 8; with a dagger, the loss
-    is that of "the common parts of the masked patches of T1 and unmasked patches of T2". PAPER
-    SILENT: which patches count for the double dagger; here too, those hidden from the first view.
-    """
-
-    def __init__(self, *, second="complement", **sizes):
-        super().__init__(**sizes)
-        self.second = second
-
-    def forward(self, images, mask_ratio, mask_noise):
-        """-> (first and second reconstruction (B, 3, H, W), which patches count (B, N)).
-
-        These are hidden from the first view, and visible to the second.
-        """
-        ids_keep, ids_restore, mask = random_masking(mask_noise, mask_ratio)
-        N, K = mask.shape[1], ids_keep.shape[1]
-        # Places in the order "visible first", as `random_masking` makes it, of the second view.
-        if self.second == "complement":  # the order starts where the first view's sight ends
-            places, seen = (ids_restore - K) % N, N - K
-        elif self.second == "independent":  # by the last 12 of the noise's 24 bits; a few are tied
-            places = (4096 * mask_noise % 1).argsort(dim=1, stable=True).argsort(dim=1)
-            seen = N - K
-        else:
-            places, seen = ids_restore, N
-        keep = places.argsort(dim=1)[:, :seen]
-        [first] = self.decode(self.decoder_inputs(images, ids_keep, ids_restore))
-        [second] = self.decode(self.decoder_inputs(images, keep, places))
-        return first, second, mask * (places < seen)
-
-
-def two_layers(width):
-    """C-MAE's projector and predictor: (..., C) -> same; hidden width 2048 for ViT-B's 768."""
-    hidden = width * 8 // 3
-    return nn.Sequential(linear(width, hidden), nn.GELU(), linear(hidden, width))
-
-
-class ContrastBranch(ViT):
-    """f and p of C-MAE: an encoder that takes mask tokens, and a projector.
-
-    grain: "token", every patch's token by itself; "mean", their mean; or "cls".
-    PAPER SILENT: widths for other sizes than ViT-B, here in proportion, and norms, here none.
-    """
-
-    def __init__(self, *, grain, **sizes):
-        super().__init__(**sizes)
-        self.grain, C = grain, sizes["width"]
-        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, C))
-        self.projector = two_layers(C)
-
-    def embed(self, images, mask):
-        """Images (B, 3, H, W) with mask (B, N), 1 = hidden -> (B, n, C), n = N or 1 by grain."""
-        x = self.patch_embed(imagenet_normalize(images))
-        x = torch.where(mask[:, :, None] > 0, self.mask_token.to(x), x)
-        x, _ = self.run_blocks(x + self.pos_embed[:, 1:])
-        if self.grain == "cls":
-            return self.projector(x[:, :1])
-        x = x[:, 1:]
-        return self.projector(x.mean(dim=1, keepdim=True) if self.grain == "mean" else x)
-
-
-class CMAE(ContrastBranch):
-    """No decoder: features of one view of an image must predict those of the other, which sees
-    exactly the rest of it, and that better than any other image's. It asks whether MAE is at heart
-    a contrast of occluded views. The second view goes through a moving average of the network.
-
-    PAPER: C-MAE, eq. 9 to 11, in one direction. PAPER SILENT: both, as in MoCo v3, which it
-    follows, but for that paper's factor; symmetric takes their mean.
-    """
-
-    def __init__(self, *, grain="token", symmetric=False, **sizes):
-        sizes = {k: v for k, v in sizes.items() if not k.startswith("decoder")}  # there is none
-        super().__init__(grain=grain, **sizes)
-        self.symmetric, self.predictor = symmetric, two_layers(sizes["width"])
-        self.teacher = ContrastBranch(grain=grain, **sizes).requires_grad_(False)
-        move_teacher(self, 0)
-
-    def forward(self, views, mask_ratio, mask_noise):
-        """views: (B, 2, 3, H, W), two colourings of each image -> [(queries, targets (B, n, C))].
-
-        One pair, or both directions. Target i of an image stands at the place of its query i.
-        """
-        _, _, mask = random_masking(mask_noise, mask_ratio)
-        one, two = views.unbind(1)
-        pairs = []
-        for mine, hidden, other, there in [(one, mask, two, 1 - mask), (two, 1 - mask, one, mask)]:
-            with torch.no_grad():
-                targets = self.teacher.embed(other, there)
-            pairs.append((self.predictor(self.embed(mine, hidden)), targets))
-            if not self.symmetric:
-                break
-        return pairs
-
-
-SECOND_VIEWS, GRAINS = ("complement", "independent", "whole"), ("token", "mean", "cls")
-SIBLINGS = {"feature_mae": FeatureMAE, "boot_mae": BootMAE, "r_mae": RMAE, "c_mae": CMAE}
-
-
-def build_sibling(arch, size, image_size, patch_size, **options):
-    """A network of SIBLINGS, of a size in MAE_SIZES; options: its own (see the classes)."""
-    sizes = dict(image_size=image_size, patch_size=patch_size)
-    return SIBLINGS[arch](**sizes, **MAE_SIZES[size], **options)
-
-
-def open_teacher(path, image_size, patch_size):
-    """The encoder in a file of ViT-MAE weights, for images of `image_size`; ValueError if none."""
-    weights, _ = read_weights(path)
-    sizes = published_sizes(weights, path, remedy="take another teacher")
-    if sizes["patch_size"] != patch_size:
-        raise ValueError(
-            f"{path} has patches of {sizes['patch_size']} px, this run has {patch_size}, so its "
-            f"features are of other patches; give --patch-size {sizes['patch_size']}"
-        )
-    teacher = build_encoder(sizes["model"], image_size, patch_size)
-    load_whole(teacher, encoder_weights(weights, teacher.side, path), path)
-    return teacher
-
-
 # ---- Classifier: the encoder after pre-training (sec. 4, fine-tuning) ----------------------------
 
 
@@ -1397,324 +1116,6 @@ def build_encoder(size, image_size, patch_size, drop=0.0):
 def build_classifier(size, classes, *, image_size, patch_size, pool, frozen, drop=0.0):
     """A classifier of a size in MAE_SIZES; ValueError if the patch size does not fit the image."""
     return Classifier(build_encoder(size, image_size, patch_size, drop), classes, pool, frozen)
-
-
-# ---- Dense tasks: levels of a ViT as maps of four sizes (supplement A.2) -------------------------
-
-
-def group_norm(channels):
-    """GroupNorm of at most 32 groups, of 8 channels or more; `channels` is a multiple of 8.
-
-    PAPER SILENT: the norm of heads and pyramids. This one has no running statistics, so that it
-    does the same in training and use, for any batch and on any number of processes; it also takes
-    a 1 x 1 map of a single image, as UperNet's coarsest pooling may give it (BatchNorm does not).
-    """
-    return nn.GroupNorm(math.gcd(32, channels // 8), channels)
-
-
-class FeaturePyramid(nn.Module):
-    """A ViT's levels as maps of 1/4, 1/2, 1 and 2 patches a cell: strides 4 to 32 at 16 px patches.
-
-    PAPER: supplement A.2. A ViT has one scale; levels [0, 4, 8, 12] of its 12 blocks are resampled
-    to the four of a convolutional network, "bilinear interpolation is used with a scale factor of
-    two (if required) followed by a 3x3 convolution"; down, "a 3x3 convolution" (here of stride 2).
-    Sec. 4 speaks of "intermediate feature maps of MSG-MAE": of its encoder, as for any other row.
-    PAPER SILENT: which level gives which map (early ones the fine maps); one convolution per
-    factor of two; its width, `width` from the first on, since the ViT's own would cost more than
-    the encoder (for ViT-B at 224 px 25 against 17 billion multiplications; at 256 channels 5); a
-    norm per level. The last level's norm is the encoder's own, pre-trained.
-    """
-
-    def __init__(self, encoder, width):
-        super().__init__()
-        C, p, side = encoder.cls_token.shape[-1], encoder.patch_size, encoder.side
-        if p < 4 or side % 2:
-            raise ValueError(
-                f"{p * side} px images of {p} px patches give no maps of 1/4 to 2 patches a cell; "
-                f"use patches of 4 px or more, and images of a multiple of {2 * p} px"
-            )
-        self.encoder, self.image_size = encoder, p * side
-        self.levels = [round(i * len(encoder.blocks) / 3) for i in range(3)]  # and the last
-        self.norms = nn.ModuleList(nn.LayerNorm(C, eps=1e-6) for _ in self.levels)
-        fine = nn.Sequential(*self.up(C, width), *self.up(width, width))
-        coarse = nn.Conv2d(C, width, 3, stride=2, padding=1)
-        self.resample = nn.ModuleList(
-            [fine, nn.Sequential(*self.up(C, width)), nn.Identity(), coarse]
-        )
-        self.channels = [width, width, C, width]  # of the four maps
-
-    @staticmethod
-    def up(c_in, c_out):
-        """Layers (B, c_in, h, w) -> (B, c_out, 2 h, 2 w)."""
-        grow = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
-        return grow, nn.Conv2d(c_in, c_out, 3, padding=1)
-
-    def maps(self, images):
-        """Images (B, 3, S, S) in [0, 1] -> four maps (B, C_j, s, s), s = S / (p/4, p/2, p, 2 p)."""
-        S, side = self.image_size, self.encoder.side
-        if images.shape[2:] != (S, S):  # 16 patches can also be 2 x 8
-            raise ValueError(f"images of {list(images.shape[2:])} for a network of {S} px squares")
-        last, levels = self.encoder.encode(images, levels=self.levels)  # (B, 1 + N, C) each
-        tokens = [norm(x) for norm, x in zip(self.norms, levels, strict=True)] + [last]
-        grids = [x[:, 1:].transpose(1, 2).unflatten(2, (side, side)) for x in tokens]
-        return [layers(x) for layers, x in zip(self.resample, grids, strict=True)]
-
-    def layers(self):
-        """Parameters from input to output: [[embedding], [block 1], ..., [norm, maps, heads]]."""
-        *below, norm = self.encoder.layers()
-        top = [p for name, p in self.named_parameters() if not name.startswith("encoder.")]
-        return [*below, norm + top]
-
-
-# ---- Detection: Mask R-CNN over the pyramid (supplement A.2, Table 3) ----------------------------
-
-MASK_SIDE = 28  # cells of a predicted mask, which spans its box
-
-
-def mask_targets(masks, boxes, matched):
-    """What the mask head should predict in each box: (R, 28, 28) in [0, 1].
-
-    masks: (N, H, W), the image's objects. boxes: (R, 4), x0 y0 x1 y1 in pixels, (0, 0) = the
-    image's corner. matched: (R,), the object in each box. Pixel i has its centre at i + .5
-    (aligned=True), as `paste_masks` takes it; torchvision's own targets lie half a pixel off.
-    """
-    from torchvision.ops import roi_align
-
-    rois = torch.cat([matched[:, None].to(boxes), boxes], dim=1)  # (R, 5)
-    return roi_align(masks[:, None].to(boxes), rois, MASK_SIDE, aligned=True)[:, 0]
-
-
-def paste_masks(masks, boxes, height, width, threshold=0.5):
-    """Masks of boxes -> masks of the image, bool (N, height, width).
-
-    masks: (N, 28, 28), probabilities over each box. boxes: (N, 4), x0 y0 x1 y1 in pixels of the
-    image of height x width. A pixel belongs to an object if its centre, i + .5, is in the box and
-    the probability there, interpolated, is `threshold` or more. One mask at a time, and only inside
-    its box: the float values of 100 whole images of 1024 px would take 400 MB.
-    """
-    pasted = masks.new_zeros((len(masks), height, width), dtype=torch.bool)
-    rows, columns = (torch.arange(n, device=masks.device) + 0.5 for n in (height, width))
-    limits = boxes.new_tensor([width, height, width, height])
-    corners = (boxes - 0.5).ceil().clamp(min=0).minimum(limits).int().tolist()
-    for i, (left, top, right, bottom) in enumerate(corners):
-        if left >= right or top >= bottom:  # no pixel's centre in the box
-            continue
-        box, mask = boxes[i], masks[i][None, None].float()  # (1, 1, 28, 28)
-        x = (columns[left:right] - box[0]) / (box[2] - box[0]) * 2 - 1  # -1 to 1 across the box
-        y = (rows[top:bottom] - box[1]) / (box[3] - box[1]) * 2 - 1
-        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=2)[None]  # (1, h, w, 2)
-        inside = F.grid_sample(mask, grid, padding_mode="border", align_corners=False)
-        pasted[i, top:bottom, left:right] = inside[0, 0] >= threshold
-    return pasted
-
-
-class Detector(FeaturePyramid):
-    """Mask R-CNN (He et al. 2017) over the pyramid of a ViT: boxes, classes and masks of objects.
-
-    PAPER: supplement A.2, "the original Mask-RCNN head" over an FPN. FPN, RPN and heads are
-    torchvision's; the model around them is ours: torchvision's resizes images, and pastes masks
-    half a pixel off. RoI pooling infers the scales of its maps from the first batch, which is safe
-    only because `maps` refuses all image sizes but one. To copy: needs torchvision too.
-    PAPER SILENT: width of the FPN (256, its own), norm (GroupNorm), and the heads' depth: an RPN of
-    two convolutions, a box head of four and a linear layer, as detectors with a plain ViT have
-    them (Li et al. 2021, ViTDet).
-    """
-
-    def __init__(self, encoder, classes, width=256):
-        from torchvision.models.detection import MaskRCNN, faster_rcnn, mask_rcnn, rpn
-        from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
-        from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
-
-        super().__init__(encoder, width)
-        self.classes, p, S = classes, encoder.patch_size, self.image_size
-        self.fpn = FeaturePyramidNetwork(
-            self.channels, width, extra_blocks=LastLevelMaxPool(), norm_layer=group_norm
-        )
-        # PAPER SILENT: anchors and sampling. One size per map, of FPN's 8 cells (32 to 512 px at
-        # patches of 16), fewer where the largest would exceed the image; under 4 px they round
-        # to nothing. An object of 14 patches is pooled from the map of one patch a cell. Heads
-        # learn from 512 regions an image and judge 1000, or fewer where there are few patches.
-        strides = [p * 2.0**i for i in range(-2, 3)]
-        sizes = [(max(4.0, min(8.0, S / strides[-1]) * stride),) for stride in strides]
-        scale = dict(
-            featmap_names=["0", "1", "2", "3"],
-            sampling_ratio=2,
-            canonical_scale=14 * p,
-            canonical_level=p.bit_length() - 1,
-        )
-        samples = min(512, 2 * encoder.side**2)
-        layers, outputs = 4 * [width], classes + 1  # 0 = background
-        parts = MaskRCNN(
-            SimpleNamespace(out_channels=width),  # no backbone: `forward` calls the parts
-            rpn_anchor_generator=rpn.AnchorGenerator(tuple(sizes), 5 * ((0.5, 1.0, 2.0),)),
-            rpn_head=rpn.RPNHead(width, 3, conv_depth=2),
-            box_roi_pool=MultiScaleRoIAlign(output_size=7, **scale),
-            box_head=faster_rcnn.FastRCNNConvFCHead(
-                (width, 7, 7), layers, [4 * width], norm_layer=group_norm
-            ),
-            box_predictor=faster_rcnn.FastRCNNPredictor(4 * width, outputs),
-            mask_roi_pool=MultiScaleRoIAlign(output_size=MASK_SIDE // 2, **scale),
-            mask_head=mask_rcnn.MaskRCNNHeads(width, layers, 1, norm_layer=group_norm),
-            mask_predictor=mask_rcnn.MaskRCNNPredictor(width, width, outputs),
-            box_batch_size_per_image=samples,
-            rpn_post_nms_top_n_test=min(1000, 2 * samples),
-        )
-        self.rpn, self.roi_heads = parts.rpn, parts.roi_heads
-
-    def forward(self, images, targets=None):
-        """Images (B, 3, S, S) in [0, 1] -> five losses by name, or in evaluation mode detections.
-
-        targets: in training, a dict for each image: boxes, float32 (N, 4), x0 y0 x1 y1 in pixels;
-        labels, int64 (N,), 1 to `classes`; masks, (N, S, S), 0 or 1. N may be 0.
-        Detections: a dict for each image, best first: boxes (N, 4), labels (N,), scores (N,) and
-        masks (N, 28, 28), probabilities for `paste_masks`. At most 100 with scores above .05.
-        Draws samples from torch's global generator. ValueError if targets are not as above.
-        """
-        sizes = [tuple(images.shape[2:])] * len(images)
-        if self.training:
-            self.check(targets)
-        maps = self.fpn({str(i): x for i, x in enumerate(self.maps(images))})
-        # float32 whatever the autocast: torchvision gives anchors and boxes the type of the maps,
-        # and bf16 has steps of 4 px near 1000.
-        with torch.autocast(images.device.type, enabled=False):
-            maps = {name: x.float() for name, x in maps.items()}
-            batch = SimpleNamespace(tensors=images, image_sizes=sizes)  # torchvision's ImageList
-            proposals, losses = self.rpn(batch, maps, targets)
-            if self.training:
-                return losses | self.head_losses(maps, proposals, sizes, targets)
-            found, _ = self.roi_heads(maps, proposals, sizes)
-        return [image | {"masks": image["masks"].squeeze(1)} for image in found]
-
-    def head_losses(self, maps, proposals, sizes, targets):
-        """Losses of box and mask head on a sample of the RPN's proposals -> {name: scalar}.
-
-        torchvision's own steps, written out for the sake of the masks (see `mask_targets`).
-        """
-        from torchvision.models.detection.roi_heads import fastrcnn_loss
-
-        heads = self.roi_heads
-        boxes, matched, labels, deltas = heads.select_training_samples(proposals, targets)
-        features = heads.box_head(heads.box_roi_pool(maps, boxes, sizes))
-        logits, offsets = heads.box_predictor(features)
-        classifier, box_reg = fastrcnn_loss(logits, offsets, labels, deltas)
-        # Masks are learnt where a sample hits an object, and for that object's class alone.
-        hits = [found > 0 for found in labels]
-        boxes = [b[hit] for b, hit in zip(boxes, hits, strict=True)]
-        wanted = torch.cat(
-            [
-                mask_targets(t["masks"], b, m[hit])
-                for t, b, m, hit in zip(targets, boxes, matched, hits, strict=True)
-            ]
-        )  # (R, 28, 28)
-        x = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(maps, boxes, sizes)))
-        of_class = torch.cat(labels)[torch.cat(hits)]  # (R,)
-        x = x[torch.arange(len(x), device=x.device), of_class]  # (R, 28, 28)
-        # As a sum: without a hit, this is 0 and still gives every parameter a gradient.
-        mask = F.binary_cross_entropy_with_logits(x, wanted, reduction="sum")
-        mask = mask / max(1, wanted.numel())
-        return {"loss_classifier": classifier, "loss_box_reg": box_reg, "loss_mask": mask}
-
-    def check(self, targets):
-        """ValueError for targets that would be taken, silently, for something else."""
-        S = self.image_size
-        for target in targets:
-            boxes, labels, masks = (target[name] for name in ("boxes", "labels", "masks"))
-            wrong = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
-            wrong |= (labels < 1) | (labels > self.classes)  # 0 would be background
-            if wrong.any() or masks.shape != (len(boxes), S, S):
-                raise ValueError(
-                    f"boxes without area, or labels that are not in 1 to {self.classes}: "
-                    f"{boxes[wrong].tolist()}, {labels[wrong].tolist()}; or masks that are not "
-                    f"{[len(boxes), S, S]}: {list(masks.shape)}"
-                )
-
-
-# ---- Segmentation: UperNet over the pyramid (supplement A.2, Table 3) ----------------------------
-
-
-def conv_norm(c_in, c_out, kernel):
-    """Convolution, norm, ReLU: (B, c_in, h, w) -> (B, c_out, h, w)."""
-    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, group_norm(c_out), nn.ReLU())
-
-
-def resize(x, side):
-    """(B, C, h, w) -> (B, C, side, side), bilinear."""
-    return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
-
-
-class Segmenter(FeaturePyramid):
-    """UperNet (Xiao et al. 2018) over the pyramid of a ViT: a class for every pixel.
-
-    PAPER: supplement A.2. PAPER SILENT: all else; the head is that of mmsegmentation's ViTs, where
-    the first maps are fused as an FPN does and the last is pooled to the image's context, with a
-    second head on the map of one patch a cell, in training alone. GroupNorm replaces its
-    SyncBatchNorm; and the last layers start as torch has them: its N(0, .01), made for a width of
-    512, holds narrow heads back: at 64, for 80 steps and more.
-    """
-
-    BINS = (1, 2, 3, 6)  # sides to which the last map is pooled
-
-    def __init__(self, encoder, classes, width=512):
-        super().__init__(encoder, width)
-        *channels, last = self.channels
-        self.pooled = nn.ModuleList(conv_norm(last, width, 1) for _ in self.BINS)
-        self.context = conv_norm(last + len(self.BINS) * width, width, 3)
-        self.laterals = nn.ModuleList(conv_norm(c, width, 1) for c in channels)
-        self.smooth = nn.ModuleList(conv_norm(width, width, 3) for _ in channels)
-        self.fuse = nn.Sequential(conv_norm(4 * width, width, 3), nn.Dropout2d(0.1))
-        self.aux = nn.Sequential(conv_norm(channels[-1], width // 2, 3), nn.Dropout2d(0.1))
-        self.classify = nn.Conv2d(width, classes, 1)
-        self.aux_classify = nn.Conv2d(width // 2, classes, 1)
-
-    def forward(self, images):
-        """Images (B, 3, S, S) in [0, 1] -> logits (B, classes, S, S), float32.
-
-        In training: (logits, those of the second head), for `segmentation_loss`. Both are computed
-        at 1/4 and 1 patch a cell, and enlarged bilinearly.
-        """
-        maps, S = self.maps(images), images.shape[-1]
-        x = self.fuse(self.decode(maps))
-        # float32 whatever the autocast: half precision would tie logits that differ by a 16th
-        with torch.autocast(images.device.type, enabled=False):
-            logits = resize(self.classify(x.float()), S)
-        if not self.training:
-            return logits
-        x = self.aux(maps[2])
-        with torch.autocast(images.device.type, enabled=False):
-            return logits, resize(self.aux_classify(x.float()), S)
-
-    def decode(self, maps):
-        """The pyramid's four maps -> (B, 4 width, s, s), each as large as the finest."""
-        *maps, last = maps
-        pooled = [
-            resize(layers(F.adaptive_avg_pool2d(last, side)), last.shape[-1])
-            for layers, side in zip(self.pooled, self.BINS, strict=True)
-        ]
-        merged = [self.context(torch.cat([last, *pooled], dim=1))]
-        laterals = [layers(x) for layers, x in zip(self.laterals, maps, strict=True)]
-        for x in reversed(laterals):  # what is coarser is added to what is finer
-            merged.insert(0, x + resize(merged[0], x.shape[-1]))
-        fine = [layers(x) for layers, x in zip(self.smooth, merged[:-1], strict=True)]
-        side = fine[0].shape[-1]
-        return torch.cat([resize(x, side) for x in [*fine, merged[-1]]], dim=1)
-
-
-def build_detector(size, classes, *, image_size, patch_size, drop=0.0, width=256):
-    """A detector on an encoder of a size in MAE_SIZES; ValueError if sizes do not fit each other.
-
-    classes: without the background. drop: see `ViT`. width: channels of the FPN and the heads, a
-    multiple of 8.
-    """
-    return Detector(build_encoder(size, image_size, patch_size, drop), classes, width)
-
-
-def build_segmenter(size, classes, *, image_size, patch_size, drop=0.0, width=512):
-    """A segmenter on an encoder of a size in MAE_SIZES; ValueError if sizes do not fit each other.
-
-    drop: see `ViT`. width: channels of the head, a multiple of 16.
-    """
-    return Segmenter(build_encoder(size, image_size, patch_size, drop), classes, width)
 
 
 # ---- Loss networks phi with published weights (eq. 7, and VGG) -----------------------------------
@@ -1812,65 +1213,7 @@ class VGGFeatures(nn.Module):
         return features
 
 
-# ---- Inception: features for FID, classes for the Inception Score (Table 1) ----------------------
-
-
-class InceptionFeatures(nn.Module):
-    """torchvision's Inception v3 as FID and IS use it. To copy: needs torchvision too.
-
-    weights: {name: tensor}, either those with which published FIDs are computed, converted from
-    TensorFlow ("pt_inception-2015-12-05-6726825d.pth", 1008 classes), or torchvision's own (1000
-    classes); ValueError, naming what does not fit, for anything else. `published` says which.
-    The published network pools differently from torchvision's in nine blocks: averages leave the
-    padding out, and the last block takes a maximum.
-    """
-
-    def __init__(self, weights):
-        super().__init__()
-        from torchvision.models import inception_v3
-
-        shape = tuple(getattr(weights.get("fc.bias"), "shape", ()))
-        if shape not in ((1000,), (1008,)):
-            raise ValueError(f"fc.bias has shape {shape}, not (1008,) (published) or (1000,)")
-        classes = shape[0]
-        weights = {k: v for k, v in weights.items() if not str(k).startswith("AuxLogits")}
-        network = inception_v3(num_classes=classes, aux_logits=False, init_weights=False)
-        # Older files do not count batches; the count is of no use in evaluation.
-        counters = {k: v for k, v in network.state_dict().items() if "num_batches_tracked" in k}
-        weights = counters | weights
-        if faults := misfits(network, weights, most=3):
-            raise ValueError(faults)
-        network.load_state_dict(weights)
-        self.published = classes == 1008
-        if self.published:
-            average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
-            for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
-                self.pool_instead(getattr(network, f"Mixed_{name}"), average)
-            self.pool_instead(network.Mixed_7c, nn.MaxPool2d(3, stride=1, padding=1))
-        self.classify, network.fc = network.fc, nn.Identity()
-        self.network = network.eval().requires_grad_(False)
-
-    @staticmethod
-    def pool_instead(block, pool):
-        """Feed a block's `branch_pool` from `pool`, whatever torchvision's own code pools."""
-
-        def remember(block, inputs):
-            block.pooled = pool(inputs[0])
-
-        block.register_forward_pre_hook(remember)
-        block.branch_pool.register_forward_pre_hook(lambda *_: (block.pooled,))
-
-    def train(self, mode=True):
-        return super().train(False)  # a fixed ruler: never in training mode
-
-    def forward(self, images):
-        """Images (B, 3, H, W) in [0, 1] -> (features (B, 2048), logits (B, classes))."""
-        x = F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False)
-        features = self.network(2 * x - 1)
-        return features, self.classify(features)
-
-
-# ---- Weights in and out: files -------------------------------------------------------------------
+# ---- Weights: files -------------------------------------------------------------------
 # Whatever is wrong with a file or its weights is a ValueError that says so in one line.
 
 
@@ -1906,44 +1249,23 @@ def read_weights(path, kind="a file of ViT-MAE weights"):
 
 
 def named_as_ours(content, path, kind):
-    """What `load_file` returned -> ({our name: tensor}, [names left out]); see `from_others`."""
+    """What `load_file` returned -> ({our name: tensor}, [names left out]); see `from_others`.
+
+    Of our own networks that are more than an autoencoder, the encoder alone.
+    """
+    ours = {"arguments", "script"} <= content.keys()
     for name in ("mae", "model", "state_dict"):
         content = content[name] if isinstance(content.get(name), dict) else content
     weights = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
     if not weights:
         raise ValueError(f"{path} is not {kind} (it holds no tensors)")
+    if ours and not all(k.startswith((*ENCODER, *DECODER)) for k in weights):
+        encoder = {k: v for k, v in weights.items() if k.startswith(ENCODER)}
+        return encoder, sorted({k.split(".")[0] for k in weights.keys() - encoder.keys()})
     return from_others(weights)
 
 
-def write_weights(path, weights, names):
-    """Write an autoencoder's weights for another project -> (tensors written, left out).
-
-    names: "mae", as published: with the decoder where it is a plain MAE's; "timm": the encoder;
-    "hf": transformers' ViTMAEForPreTraining. path: .safetensors, or else a file of torch.save.
-    """
-    encoder = {k: v for k, v in weights.items() if not k.startswith(DECODER)}
-    plain = not any(k.startswith(OURS_ALONE) for k in weights)
-    written = weights if plain and names == "mae" else encoder
-    if names == "hf":
-        written = to_hf(weights)
-    written = {k: v.contiguous() for k, v in written.items()}
-    try:
-        if str(path).endswith(".safetensors"):
-            from safetensors.torch import save
-
-            Path(path).write_bytes(save(written))
-        else:
-            with open(path, "wb") as file:
-                torch.save({"model": written} if names == "mae" else written, file)
-    except ImportError:
-        raise ValueError(f"{path} needs the package safetensors: pip install safetensors") from None
-    except (OSError, RuntimeError) as error:  # torch's own writer raises the second
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise ValueError(f"cannot write {path}: {reason}") from None
-    return len(written), 0 if names == "hf" else len(weights) - len(written)
-
-
-# ---- Weights in and out: loss networks -----------------------------------------------------------
+# ---- Weights: loss networks -----------------------------------------------------------
 
 # Where the weights of loss networks are published, and what they are.
 PUBLISHED = {
@@ -1952,16 +1274,13 @@ PUBLISHED = {
 }
 
 
-def build_loss_network(kind, path=None, random=False):
+def build_loss_network(kind, path=None):
     """A frozen phi, "dvae" or "vgg", with its published weights; ValueError if they do not fit.
 
-    path: the published file; None downloads it (vgg alone). random: weights as initialised, for
-    tests and timing.
+    path: the published file; None downloads it (vgg alone).
     """
     phi = DVAEEncoder() if kind == "dvae" else VGGFeatures()
     url, what = PUBLISHED[kind]
-    if random:
-        return phi
     try:
         if path is None and kind == "dvae":
             raise ValueError("no file given")
@@ -1985,13 +1304,13 @@ def build_loss_network(kind, path=None, random=False):
     return phi
 
 
-# ---- Weights in and out: into a network ----------------------------------------------------------
+# ---- Weights: into a network ----------------------------------------------------------
 
-# In no other project: MSG-MAE's skips and scales, and what siblings have beside the encoder.
-SIBLINGS_OWN = ("teacher.", "regressor.", "predictor.", "projector.")
-OURS_ALONE = ("decoder_fuse", "decoder_rgb", *SIBLINGS_OWN)
-# How the names of all that is not the encoder begin.
-DECODER = ("decoder_", "mask_token", *SIBLINGS_OWN)
+# How the names of an encoder's weights begin, and those of a decoder's.
+ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+DECODER = ("decoder_", "mask_token")
+# In no other project: MSG-MAE's skips and scales.
+OURS_ALONE = ("decoder_fuse", "decoder_rgb")
 
 
 def load_whole(network, weights, path):
@@ -2005,13 +1324,10 @@ def load_autoencoder(mae, weights, path):
     """Give an autoencoder another's encoder, and decoder where there is one -> what was taken.
 
     weights: {our name: tensor}. All of the encoder must be there, and all of the decoder or
-    nothing of it; the skips and scales of MSG-MAE may be missing. Positions are resized. To or from
-    a sibling with a teacher: the encoder alone.
+    nothing of it; the skips and scales of MSG-MAE may be missing. Positions are resized.
     """
     expected = mae.state_dict()
-    either_is_sibling = hasattr(mae, "teacher") or any(k.startswith(SIBLINGS_OWN) for k in weights)
-    wanted = () if either_is_sibling else DECODER
-    decoder = {k: v for k, v in weights.items() if k.startswith(wanted)}
+    decoder = {k: v for k, v in weights.items() if k.startswith(DECODER)}
     if "decoder_pos_embed" in decoder:  # fixed
         decoder["decoder_pos_embed"] = expected["decoder_pos_embed"]
     encoder = encoder_weights(weights, mae.side, path)
@@ -2106,7 +1422,7 @@ def published_sizes(weights, path, model=None, remedy="--model names the one it 
     return dict(model=model, image_size=side * patch_size, patch_size=patch_size)
 
 
-# ---- Weights in and out: the names of other projects ---------------------------------------------
+# ---- Weights: the names of other projects ---------------------------------------------
 
 # Hugging Face's names for ours, as its published files have them; inside a block, then elsewhere.
 HF_IN_BLOCK = {
@@ -2155,24 +1471,6 @@ def hf_names(name):
     return [stem.format(part) + dot + kind for part in parts]
 
 
-def to_hf(weights):
-    """Weights of a plain `MAE` -> those of transformers' ViTMAEForPreTraining.
-
-    ValueError for networks that it cannot express: MSG-MAE, or several scales.
-    """
-    extra = [k for k in weights if k.startswith(OURS_ALONE)]
-    if extra:
-        raise ValueError(
-            f"transformers has no place for {extra[0]} and {len(extra) - 1} more of these weights; "
-            "the names of timm and mae take the encoder alone"
-        )
-    out = {}
-    for name, value in weights.items():
-        names = hf_names(name)
-        out |= dict(zip(names, value.chunk(len(names)), strict=True))
-    return out
-
-
 def from_hf(weights):
     """Weights of transformers' ViTMAE or ViTMAEModel -> {our name: tensor}; unknown names stay."""
     theirs, ours = {}, {}
@@ -2205,7 +1503,7 @@ def from_others(weights):
     return {k: v for k, v in weights.items() if k not in left_out}, left_out
 
 
-# ---- Weights in and out: OpenAI's pickled dVAE ---------------------------------------------------
+# ---- Weights: OpenAI's pickled dVAE ---------------------------------------------------
 
 
 class InertObject:

@@ -5,11 +5,10 @@
     torchrun --nproc_per_node=8 train.py --loss msg_gan_p       # one node, data/imagenet
 
 The method comes first: what one step computes (paper: eq. 1 to 7, with the schedule of sec. 4), the
-update of both players, and the loop over epochs; then the steps of siblings, MAE with one thing
-changed, from two other papers. It ends at the banner "What keeps a run alive"; below stand
-processes and precision, construction, data, checkpoints, validation, benchmark and command line.
-The losses are in losses.py, the networks in model.py, the images in data.py; finetune.py does
-everything that is done with a checkpoint.
+update of both players, and the loop over epochs. It ends at the banner "What keeps a run alive";
+below stand processes and precision, construction, data, checkpoints, validation and command line.
+The losses are in losses.py, the networks in model.py, the images in data.py; finetune.py says what
+the encoder is worth.
 
 Writes to OUT: checkpoint.pt, log.jsonl (one JSON object per epoch) and pictures/. Run the same
 command again after any interruption and it continues where the checkpoint was saved (--demo starts
@@ -22,8 +21,6 @@ import json
 import math
 import os
 import signal
-import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -243,18 +240,14 @@ def step_gradients(run, batches, eq3_on, progress, args):
     """Accumulate the mean gradient of a step's batches -> {name: mean of the term over them}."""
     totals, share = {}, 1 / len(batches)
     for number, (images, mask_noise, seeds, *_) in enumerate(batches, start=1):
-        # (B, 3, H, W) in [0, 1], or (B, views, 3, H, W)
-        images = data.to_float(images.to(run.device, non_blocking=True))
+        images = data.to_float(images.to(run.device, non_blocking=True))  # (B, 3, H, W) in [0, 1]
         batch = images, mask_noise.to(run.device, non_blocking=True), seeds
         terms = {}
         if LOSSES[args.loss]["path"] or args.r1_gamma:
             terms = regularise(run, *batch, share, progress, args)
         # Processes exchange gradients during the last backward pass of a step alone.
         with exchange(number == len(batches), run.mae, run.disc):
-            if args.loss in SIBLING_TERMS:
-                terms |= backward_sibling(run, *batch[:2], progress["epoch"], share, args)
-            else:
-                terms |= backward(run, *batch, eq3_on=eq3_on, share=share, args=args)
+            terms |= backward(run, *batch, eq3_on=eq3_on, share=share, args=args)
         for name, value in terms.items():
             totals[name] = totals.get(name, 0) + value * share
     return totals
@@ -335,13 +328,11 @@ def pretrain(args, device):
             means, stopping = agree(run, terms, batches, stop["signal"], progress, train_set)
 
             # 4. Update both players, or neither if a loss is not finite (in fp16, a scaler may
-            # skip one of them by itself); then ADA's p, from how often D was right, and a teacher.
+            # skip one of them by itself); then ADA's p, from how often D was right.
             finite = all(math.isfinite(value) for value in means.values())
             update(run, apply=finite)
             if run.ada is not None and finite:
                 run.ada.update(means["d_accuracy_real"], images_per_step(args))
-            if LOSSES[args.loss]["momentum"] and finite:
-                model.move_teacher(unwrap(run.mae), teacher_momentum(epoch, args))
 
             # 5. Count the step, and save where it is time for it.
             clock = book_step(progress, means, finite, clock, bar, args)
@@ -361,112 +352,6 @@ def pretrain(args, device):
                 save_checkpoint(Path(args.out) / "checkpoint.pt", run, progress, args)
     say(ending(stopping, progress, args))
     return stop["signal"]
-
-
-# ---- Siblings: rows whose network is another, and whose terms are their own ----------------------
-#
-# PAPER, PAPER SILENT and DIFFERS mean the sibling's paper here (see model.py, "Siblings").
-
-
-def feature_mae_terms(run, images, mask_noise, epoch, args):
-    """Features of a trained MAE, --teacher, are predicted where patches are hidden.
-
-    PAPER SILENT: the loss; here BootMAE's, but every hidden patch counts the same.
-    """
-    with run.autocast():
-        features, target, mask = run.mae(images, args.mask_ratio, mask_noise)
-    return {"features": losses.masked_feature_mse(features, target, mask)}
-
-
-def boot_mae_terms(run, images, mask_noise, epoch, args):
-    """Pixels, and the features of the encoder's own moving average; dense holes count more.
-
-    PAPER SILENT: the second term's weight, which in its code grows to 1 over the first quarter of
-    the epochs, as here; whether target patches are normalised, which they are there, for each
-    channel. Here as in `mse`: --norm-pix-loss.
-    """
-    with run.autocast():
-        image, features, target, mask = run.mae(images, args.mask_ratio, mask_noise)
-    density = losses.mask_density(mask)
-    pixel = losses.masked_mse(
-        image, images, mask, args.patch_size, args.norm_pix_loss, weight=density
-    )
-    features = losses.masked_feature_mse(features, target, mask, weight=density)
-    ramp = min(1, 4 * epoch / args.epochs)
-    return {"pixel": args.pixel_weight * pixel, "features": ramp * features}
-
-
-def r_mae_terms(run, images, mask_noise, epoch, args):
-    """Both views paint the same, and the second, which sees the place, paints the image.
-
-    PAPER: R-MAE, eq. 8, lambda = --pixel-weight. PAPER SILENT: does a gradient stop? No. DIFFERS:
-    its patches are normalised; here as in `mse`: --norm-pix-loss.
-    """
-    with run.autocast():
-        first, second, counted = run.mae(images, args.mask_ratio, mask_noise)
-    patch, norm = args.patch_size, args.norm_pix_loss
-    return {
-        "disagreement": losses.masked_mse(first, second, counted, patch),
-        "pixel": args.pixel_weight * losses.masked_mse(second, images, counted, patch, norm),
-    }
-
-
-def c_mae_terms(run, views, mask_noise, epoch, args):
-    """Each view's features find the other's among those of all images of a forward pass, of all
-    processes: --accum adds none. PAPER: C-MAE, eq. 11.
-    """
-    with run.autocast():
-        pairs = run.mae(views, args.mask_ratio, mask_noise)
-    found = [losses.info_nce(q, *targets_of_all(t), args.temperature) for q, t in pairs]
-    return {"contrast": sum(found) / len(found)}
-
-
-def byol_mae_terms(run, views, mask_noise, epoch, args):
-    """`c_mae` with BYOL's loss: features agree, and nothing pushes images apart."""
-    with run.autocast():
-        pairs = run.mae(views, args.mask_ratio, mask_noise)
-    return {"disagreement": sum(losses.byol_loss(q, t) for q, t in pairs) / len(pairs)}
-
-
-SIBLING_TERMS = {
-    "feature_mae": feature_mae_terms,
-    "boot_mae": boot_mae_terms,
-    "r_mae": r_mae_terms,
-    "c_mae": c_mae_terms,
-    "byol_mae": byol_mae_terms,
-}
-
-
-def backward_sibling(run, images, mask_noise, epoch, share, args):
-    """`backward` of a sibling's batch: the gradient of the sum of its terms -> {name: scalar}.
-
-    images: (B, 3, H, W), or (B, 2, 3, H, W) for rows of two views, in [0, 1].
-    """
-    terms = SIBLING_TERMS[args.loss](run, images, mask_noise, epoch, args)
-    run.scaler_g.scale(sum(terms.values()) * share).backward()
-    return {name: value.detach() for name, value in terms.items()}
-
-
-def targets_of_all(targets):
-    """Targets (B, n, C) -> (those of all W processes (W B, n, C), place of this one's first).
-
-    In validation this process's alone, since parts of the validation set differ in length.
-    """
-    if not dist.is_initialized() or not torch.is_grad_enabled():
-        return targets, 0
-    parts = [torch.empty_like(targets) for _ in range(world_size())]
-    dist.all_gather(parts, targets.contiguous())
-    return torch.cat(parts), rank() * len(targets)
-
-
-def teacher_momentum(epoch, args):
-    """How much of itself a teacher keeps in each step of an epoch.
-
-    BootMAE's grows linearly over the first 100 epochs, C-MAE's is constant. DIFFERS: for ViT-B,
-    BootMAE's goes on to .99999 at epoch 400.
-    """
-    first, last = LOSSES[args.loss]["momentum"]
-    return first + (last - first) * min(1, (epoch - 1) / 100)
 
 
 # ==================================================================================================
@@ -706,7 +591,7 @@ D_ADAM = {
 # A checkpoint continues only under the same values of these.
 MUST_FIT = (
     *("loss", "model", "arch", "image_size", "patch_size", "norm_pix_loss"),
-    *("d_channels", "d_max", "seed", "teacher", "second", "grain", "symmetric"),
+    *("d_channels", "d_max", "seed"),
 )
 
 
@@ -755,25 +640,9 @@ def build_run(args, device):
 
 
 def build_autoencoder(args):
-    """G, or a sibling's network, with random weights; but its --teacher's are read."""
+    """G with random weights; ValueError if sizes do not fit each other."""
     sizes = (args.model, args.image_size, args.patch_size)
-    if args.arch not in model.SIBLINGS:
-        return model.build_mae(*sizes, args.arch, image_scales(args))
-    options = {}
-    if args.arch == "r_mae":
-        options = dict(second=args.second)
-    elif args.arch == "c_mae":
-        options = dict(grain=args.grain, symmetric=args.symmetric)
-    elif args.arch == "feature_mae":
-        options = dict(teacher=open_teacher(args))
-    return model.build_sibling(args.arch, *sizes, **options)
-
-
-def open_teacher(args):
-    """The encoder in --teacher; of a benchmark, a random one, which takes as long."""
-    if args.benchmark and args.teacher is None:
-        return model.build_encoder(args.model, args.image_size, args.patch_size)
-    return model.open_teacher(args.teacher, args.image_size, args.patch_size)
+    return model.build_mae(*sizes, args.arch, image_scales(args))
 
 
 def image_scales(args):
@@ -791,10 +660,8 @@ def open_loss_network(args, device):
     kind = LOSSES[args.loss]["phi"]
     if kind not in model.PUBLISHED:
         return None
-    path = getattr(args, f"{kind}_weights")
     with refusals(), first_of_a_node_first():  # it downloads what is to be downloaded
-        random = bool(args.benchmark) and path is None  # time does not depend on the weights
-        return model.build_loss_network(kind, path, random).to(device)
+        return model.build_loss_network(kind, getattr(args, f"{kind}_weights")).to(device)
 
 
 def initialise(run, args):
@@ -802,8 +669,6 @@ def initialise(run, args):
     with refusals():
         weights, left_out = model.read_weights(args.init)
         taken = model.load_autoencoder(unwrap(run.mae), weights, args.init)
-    if LOSSES[args.loss]["momentum"]:
-        model.move_teacher(unwrap(run.mae), 0)  # it starts from the same weights
     say(f"--init {args.init}: took {taken}; left out: {', '.join(left_out) or 'none'}")
 
 
@@ -865,9 +730,6 @@ def build_data(args):
     train_source, val_source = open_data(args, args.image_size)
     patches = (args.image_size // args.patch_size) ** 2
     common = dict(image_size=args.image_size, num_patches=patches, seed=args.seed)
-    common["views"] = LOSSES[args.loss]["views"]
-    if LOSSES[args.loss]["masks"] == "block":  # BootMAE's code: 120 of 147 hidden patches
-        common["blocks"] = args.mask_ratio * 120 / 147
     train_set = data.PretrainSet(
         train_source,
         crop_min=args.crop_min,
@@ -1186,8 +1048,7 @@ def finish_epoch(run, progress, lr, validation_part, args):
         picture = Path(args.out) / "pictures" / f"epoch_{epoch:04d}.png"
         with writing(picture):
             picture.parent.mkdir(exist_ok=True)
-            if LOSSES[args.loss]["pixel"]:
-                draw_reconstructions(picture, run, images[:8], mask_noise[:8], args)
+            draw_reconstructions(picture, run, images[:8], mask_noise[:8], args)
             data.draw_curves(picture.parent / "curves.png", Path(args.out) / "log.jsonl")
     next_epoch(progress)
 
@@ -1214,7 +1075,7 @@ def reconstruct(run, images, mask_noise, args):
     put back from the true image, so what is shown and measured is not a prediction of them.
     """
     with run.autocast():
-        outputs, mask = unwrap(run.mae).reconstruct(images, args.mask_ratio, mask_noise)
+        outputs, mask = unwrap(run.mae)(images, args.mask_ratio, mask_noise)
     reconstruction = outputs[0]
     if args.norm_pix_loss:
         true = losses.patchify(model.imagenet_normalize(images), args.patch_size)
@@ -1227,24 +1088,13 @@ def reconstruct(run, images, mask_noise, args):
 
 @torch.no_grad()
 def validate(run, images, mask_noise, args):
-    """`image_quality` of all processes' fixed images -> {name: mean over images}.
-
-    Of a sibling that paints nothing: val_loss, the sum of its terms, mean over images. Contrast is
-    among the images of one process's batch: compare it only at equal --batch-size and number of
-    processes.
-    """
-    paints = LOSSES[args.loss]["pixel"] is not None
-    totals = {"images": len(images)}
-    totals |= dict.fromkeys(losses.METRICS if paints else ["val_loss"], 0)
+    """`image_quality` of all processes' fixed images -> {name: mean over images}."""
+    totals = {"images": len(images)} | dict.fromkeys(losses.METRICS, 0)
     for start in range(0, len(images), args.batch_size):
         batch = slice(start, start + args.batch_size)
         real, noise = data.to_float(images[batch].to(run.device)), mask_noise[batch].to(run.device)
-        if paints:
-            fake, hidden = reconstruct(run, real, noise, args)
-            values, _ = losses.image_quality(fake, real, hidden)
-        else:
-            terms = SIBLING_TERMS[args.loss](run, real, noise, args.epochs, args)
-            values = {"val_loss": sum(terms.values()) * len(real)}
+        fake, hidden = reconstruct(run, real, noise, args)
+        values, _ = losses.image_quality(fake, real, hidden)
         for name, value in values.items():
             totals[name] += value
     totals = sum_over_processes(totals, run.device)
@@ -1266,108 +1116,6 @@ def draw_reconstructions(path, run, images, mask_noise, args):
     if LOSSES[args.loss]["pixel"] != "mse":
         columns["reconstruction"] = fake
     data.save_picture(path, columns | {"pasted" + note: pasted})
-
-
-# ---- Benchmark -----------------------------------------------------------------------------------
-
-
-def benchmark(args, device):
-    """Time the training step on random images, eq. 3 on; print one JSON line.
-
-    Steps with a lazy regulariser take longer: they come in rounds (see `time_steps`). ADA runs at
-    p = 0.5 unless --ada-p says otherwise, since it costs nothing at the p = 0 of a start.
-    """
-    recipe, run = LOSSES[args.loss], build_run(args, device)
-    generator = torch.Generator().manual_seed(args.seed)
-    B = args.batch_size
-    shape = (B, *data.sample_shape(args.image_size, recipe["views"]))
-    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    mask_noise = torch.rand(B, unwrap(run.mae).side ** 2, generator=generator)
-    progress, eq3_on = new_progress(), recipe["phi"] is not None
-    set_rate(run.opt_g, args.lr)
-    places = math.lcm(
-        args.path_every if recipe["path"] and args.path_weight else 1,
-        args.r1_every if recipe["adversary"] and args.r1_gamma else 1,
-    )
-
-    def step(number, place):
-        progress["step"] = place
-        batch = (images, mask_noise, torch.arange(B) + B * number)
-        step_gradients(run, [batch] * args.accum, eq3_on, progress, args)
-        update(run, apply=True)
-        if recipe["momentum"]:
-            model.move_teacher(unwrap(run.mae), teacher_momentum(1, args))
-
-    seconds = time_steps(step, args.benchmark, places, device)
-    counts = [
-        sum(p.numel() for p in net.parameters() if p.requires_grad)  # teachers are not trained
-        for net in (run.mae, run.disc)
-        if net
-    ]
-    row = benchmark_row(run, seconds, args, loss=args.loss)
-    row |= {"parameters_g": counts[0], "parameters_d": counts[1] if run.disc else 0}
-    say(json.dumps(row))
-
-
-def time_steps(step, count, places, device):
-    """Seconds per step: the mean, over a round of `places` steps, of each place's median.
-
-    step(number, place): does one. At least `count` are timed, whole rounds of them, after two
-    that are not, at place 0, where a step holds all that it can.
-    """
-    seconds = [[] for _ in range(places)]
-    for number in range(2 + math.ceil(count / places) * places):
-        place = max(0, number - 2) % places
-        began = time.perf_counter()
-        step(number, place)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if number >= 2:
-            seconds[place].append(time.perf_counter() - began)
-    return statistics.mean(statistics.median(place) for place in seconds)
-
-
-def benchmark_row(run, seconds, args, **first):
-    """What both scripts report of a benchmark -> dict."""
-    if run.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        import resource  # Unix alone
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return first | {
-        "model": args.model,
-        "image_size": args.image_size,
-        "batch_size": images_per_step(args),
-        "device": run.device.type,
-        "amp": str(run.dtype or torch.float32).removeprefix("torch."),
-        "seconds_per_step": round(seconds, 4),
-        "images_per_second": round(images_per_step(args) / seconds, 2),
-        "peak_memory_mib": round(peak / 2**20),
-    }
-
-
-def benchmark_all(argv):
-    """`--benchmark --loss all`: the paper's Table 4, a process for each row of LOSSES -> status.
-
-    Siblings take part, with their own --arch.
-    """
-    say("loss             relative time  seconds/step  images/s  peak MiB  parameters G, D")
-    base = None
-    for loss in LOSSES:
-        command = [sys.executable, __file__, *argv, "--loss", loss]
-        command += ["--arch", "auto"] if loss in SIBLING_TERMS else []
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            return done.returncode
-        row = json.loads(done.stdout.splitlines()[-1])
-        seconds = row["seconds_per_step"]
-        base = base or seconds
-        sizes = " ".join(f"{row[f'parameters_{n}'] / 1e6:7.1f} M" for n in "gd")
-        speed = f"{row['images_per_second']:8.2f}  {row['peak_memory_mib']:8}"
-        say(f"{loss:15}  {seconds / base:13.2f}  {seconds:12.3f}  {speed}  {sizes}")
-    return 0
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -1444,7 +1192,6 @@ RUN_FLAGS = (
     ("--save-every", COUNT, 1, "epochs between checkpoints"),
     ("--save-steps", COUNT, None, "steps between checkpoints, in addition"),
     ("--steps", COUNT, None, "stop after so many; the learning-rate schedule stays as it is"),
-    ("--benchmark", COUNT, None, "time so many steps; no training"),
 )
 
 
@@ -1464,13 +1211,13 @@ def build_parser():
     add_flags(
         parser,
         "what to train",
-        ("--loss", (*LOSSES, "all"), "mse", "row of the tables in README; all: with --benchmark"),
+        ("--loss", LOSSES, "mse", "row of the tables in README"),
         ("--model", model.MAE_SIZES, "base", "paper: base, large"),
         ("--arch", ("auto", "mae", "msg_mae"), "auto", "auto: what the paper pairs with the loss"),
         ("--image-size", at_least(16), 224, "side in pixels"),
         ("--patch-size", at_least(2), 16, "pixels, a power of two"),
         ("--mask-ratio", POSITIVE, 0.75, "hidden part of the patches"),
-        ("--norm-pix-loss", bool, False, "normalise each target patch; mse, boot_mae, r_mae"),
+        ("--norm-pix-loss", bool, False, "normalise each target patch; mse"),
         ("--init", str, None, "file to start from: ours, a published MAE, timm's, Hugging Face's"),
     )
     add_flags(
@@ -1506,15 +1253,6 @@ def build_parser():
         ),
         ("--dvae-weights", str, None, "OpenAI's encoder.pkl as published; for dvae_p"),
         ("--vgg-weights", str, None, "torchvision's vgg16; None = download; for vgg_p"),
-    )
-    add_flags(
-        parser,
-        "siblings (feature_mae, boot_mae, r_mae, c_mae, byol_mae)",
-        ("--teacher", str, None, "file of a trained MAE, ours or published; for feature_mae"),
-        ("--second", model.SECOND_VIEWS, "complement", "what r_mae's other view sees"),
-        ("--grain", model.GRAINS, "token", "what c_mae and byol_mae compare"),
-        ("--symmetric", bool, False, "compare in both directions; c_mae, byol_mae"),
-        ("--temperature", POSITIVE, 0.2, "of the softmax; c_mae"),
     )
     # PAPER SILENT: it contradicts itself on epochs of ViT-L (1600 or 1200), batch (16 or 32) and
     # Adam's second beta (.95 or .999), and does not say whether the learning rate scales with the
@@ -1564,10 +1302,6 @@ def parse_args(argv=None):
     if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**DEMO)  # flags that are given still win
     args = parser.parse_args(argv)
-    if args.loss == "all":
-        if not args.benchmark or "RANK" in os.environ:
-            fail("--loss all is for --benchmark, without torchrun; name one row")
-        return args
     recipe = LOSSES[args.loss]
     channels, most = model.DISCRIMINATOR_WIDTHS[args.model]
     args.d_channels, args.d_max = args.d_channels or channels, args.d_max or most
@@ -1580,16 +1314,8 @@ def parse_args(argv=None):
         args.warmup_epochs = args.epochs * 40 / 300
     args.lr = args.lr or args.blr * images_per_step(args) / 256
     args.out = args.out or f"runs/{args.loss}"
-    if args.benchmark and args.ada_p is None:
-        args.ada_p = 0.5  # see `benchmark`
     if args.norm_pix_loss and recipe["pixel"] != "mse":
-        fail(f"--norm-pix-loss is for rows of masked MSE, such as mse: {args.loss} has none")
-    if args.loss in SIBLING_TERMS and args.arch != recipe["arch"]:
-        fail(f"--arch {args.arch} is not for --loss {args.loss}, whose network is its own")
-    if args.loss == "feature_mae" and not (args.teacher or args.benchmark):
-        fail("--loss feature_mae needs --teacher FILE, a trained MAE: runs/mse/checkpoint.pt, say")
-    if args.loss == "c_mae" and images_per_step(args) // args.accum < 2:
-        fail("--batch-size 1 leaves c_mae nothing to compare an image with; give 2 or more")
+        fail(f"--norm-pix-loss is for masked MSE, --loss mse: {args.loss} has none")
     if args.loss == "ms_ssim" and args.image_size < 24:
         fail(f"--image-size {args.image_size} has no 4 scales for MS-SSIM; use 24 or more")
     patches = (args.image_size // args.patch_size) ** 2
@@ -1611,8 +1337,6 @@ def parse_args(argv=None):
 def explain_demo(out):
     """Say in words what the demo's last log row means, and what to look at."""
     row = data.read_log(out / "log.jsonl")[-1]
-    if "psnr" not in row:
-        return say("This row paints nothing. Next: python finetune.py --demo")
     gain, picture = row["psnr"] - row["psnr_mean_fill"], f"epoch_{row['epoch']:04d}.png"
     say(
         f"The autoencoder saw a quarter of each picture. Where it saw nothing, its painting has a "
@@ -1625,15 +1349,9 @@ def explain_demo(out):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.loss == "all":
-        return benchmark_all(sys.argv[1:] if argv is None else argv)
     device = start_processes()
-    stopped = 0
-    if args.benchmark:
-        benchmark(args, device)
-    else:
-        stopped = pretrain(args, device)
-    if args.demo and not (args.benchmark or args.steps or stopped):
+    stopped = pretrain(args, device)
+    if args.demo and not (args.steps or stopped):
         explain_demo(Path(args.out))
     stop_processes()
     return 128 + stopped if stopped else 0

@@ -1,0 +1,443 @@
+# ---- Networks ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def move_teacher(network, momentum):
+    """network.teacher <- momentum teacher + (1 - momentum) network; momentum 0 copies.
+
+    The teacher has some of the network's parameters, under the same names.
+    """
+    own = dict(network.named_parameters())
+    for name, parameter in network.teacher.named_parameters():
+        parameter.lerp_(own[name].to(parameter), 1 - momentum)
+
+
+@torch.no_grad()
+def feature_target(teacher, images):
+    """What a teacher, a `ViT`, makes of the whole images: (B, N, C), before its final norm."""
+    _, [x] = teacher.encode(images, levels=[len(teacher.blocks)])
+    return x[:, 1:]
+
+
+class FeatureMAE(MAE):
+    """MAE whose target is a trained MAE's features, not pixels: what an encoder has understood is
+    a better target than what a camera saw. PAPER SILENT: which layer; BootMAE's target is taken.
+    """
+
+    def __init__(self, *, teacher, decoder_width, **sizes):
+        super().__init__(decoder_width=decoder_width, **sizes)
+        self.decoder_pred = linear(decoder_width, teacher.cls_token.shape[2])
+        self.teacher = teacher.requires_grad_(False)
+
+    def forward(self, images, mask_ratio, mask_noise):
+        """-> (predicted features (B, N, D), the teacher's, mask (B, N))."""
+        ids_keep, ids_restore, mask = random_masking(mask_noise, mask_ratio)
+        x = self.decoder_maps(self.decoder_inputs(images, ids_keep, ids_restore))[-1][:, 1:]
+        features = self.decoder_pred(self.decoder_norm(x))
+        return features, feature_target(self.teacher, images), mask
+
+
+class CrossAttention(nn.Module):
+    """Attention of x (B, N, C) to a context (B, M, D): softmax(q k^T / sqrt(C / heads)) v.
+
+    PAPER: BootMAE's supplement, eq. 1 and 2. DIFFERS, as its code does: heads, an output
+    projection, keys from the encoder's width; and hidden patches ask, too, not the visible alone.
+    """
+
+    def __init__(self, width, heads, context_width):
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv = linear(width, width), linear(context_width, 2 * width)
+        self.proj = linear(width, width)
+
+    def forward(self, x, context):
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
+        k, v = self.kv(context).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class CrossBlock(Block):
+    """`Block` that looks at a context between attention and MLP. (B, N, C), (B, M, D) -> first.
+
+    PAPER SILENT: the order; that of BootMAE's code, and its norms.
+    """
+
+    def __init__(self, width, heads, context_width):
+        super().__init__(width, heads)
+        self.norm_x = nn.LayerNorm(width, eps=1e-6)
+        self.norm_context = nn.LayerNorm(context_width, eps=1e-6)
+        self.cross = CrossAttention(width, heads, context_width)
+
+    def forward(self, x, context):
+        x = x + self.attn(self.norm1(x))
+        x = x + self.cross(self.norm_x(x), self.norm_context(context))
+        return x + self.mlp(self.norm2(x))
+
+
+class CrossDecoder(nn.Module):
+    """BootMAE's decoder: encoder tokens (B, 1 + K, C) and a context of as many -> (B, N, out).
+
+    PAPER SILENT: heads; the caller's. DIFFERS: visible tokens get positions, too, as in MAE.
+    """
+
+    def __init__(self, encoder, width, heads, out, depth=2):
+        super().__init__()
+        C = encoder.cls_token.shape[2]
+        self.embed = linear(C, width)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.register_buffer("pos_embed", sincos_positions(width, encoder.side))
+        self.blocks = nn.ModuleList(CrossBlock(width, heads, C) for _ in range(depth))
+        self.norm, self.pred = nn.LayerNorm(width, eps=1e-6), linear(width, out)
+
+    def forward(self, x, ids_restore, context):
+        x = with_mask_tokens(self.embed(x), self.mask_token, ids_restore) + self.pos_embed
+        for block in self.blocks:
+            x = block(x, context)
+        with torch.autocast(x.device.type, enabled=False):  # as in `MAE.decode`
+            return self.pred(self.norm(x[:, 1:].float()))
+
+
+class BootMAE(ViT):
+    """MAE that also predicts the features of its own past: a moving average of the encoder sees
+    the whole image. The decoders look up what else they need, the one for pixels in an early level
+    of the encoder, the one for features in the last, so that the encoder need not carry it along.
+    """
+
+    def __init__(self, *, heads, decoder_width, decoder_heads, decoder_depth, **sizes):
+        super().__init__(heads=heads, **sizes)  # decoders have a depth of their own
+        C, p = sizes["width"], self.patch_size
+        self.regressor = CrossDecoder(self, decoder_width, decoder_heads, 3 * p * p)
+        self.predictor = CrossDecoder(self, C, heads, C)
+        self.teacher = ViT(heads=heads, **sizes).requires_grad_(False)
+        move_teacher(self, 0)
+
+    def forward(self, images, mask_ratio, mask_noise):
+        """-> (image (B, 3, H, W), features (B, N, C), the teacher's (B, N, C), mask (B, N))."""
+        ids_keep, ids_restore, mask = random_masking(mask_noise, mask_ratio)
+        tokens, [low, high] = self.encode(images, ids_keep, [1, len(self.blocks)])
+        image = self.paint(tokens, ids_restore, low)
+        features = self.predictor(tokens, ids_restore, high)
+        return image, features, feature_target(self.teacher, images), mask
+
+    def paint(self, tokens, ids_restore, low):
+        """Encoder tokens and its first block's (B, 1 + K, C) -> image (B, 3, H, W)."""
+        patches = self.regressor(tokens, ids_restore, low)
+        return imagenet_denormalize(unpatchify(patches, self.patch_size))
+
+    def reconstruct(self, images, mask_ratio, mask_noise):
+        """As `MAE.reconstruct`."""
+        ids_keep, ids_restore, mask = random_masking(mask_noise, mask_ratio)
+        tokens, [low] = self.encode(images, ids_keep, [1])
+        return [self.paint(tokens, ids_restore, low)], mask
+
+
+class RMAE(MAE):
+    """MAE that has to paint the same from two views of an image, one of which sees what the other
+    does not: occlusion must not matter. second: what the other view sees; "complement": all that
+    is hidden from the first; "independent" (R-MAE with a dagger): a choice of its own, as much as
+    that; "whole" (double dagger): everything. PAPER: R-MAE, eq. 6 and 8; with a dagger, the loss
+    is that of "the common parts of the masked patches of T1 and unmasked patches of T2". PAPER
+    SILENT: which patches count for the double dagger; here too, those hidden from the first view.
+    """
+
+    def __init__(self, *, second="complement", **sizes):
+        super().__init__(**sizes)
+        self.second = second
+
+    def forward(self, images, mask_ratio, mask_noise):
+        """-> (first and second reconstruction (B, 3, H, W), which patches count (B, N)).
+
+        These are hidden from the first view, and visible to the second.
+        """
+        ids_keep, ids_restore, mask = random_masking(mask_noise, mask_ratio)
+        N, K = mask.shape[1], ids_keep.shape[1]
+        # Places in the order "visible first", as `random_masking` makes it, of the second view.
+        if self.second == "complement":  # the order starts where the first view's sight ends
+            places, seen = (ids_restore - K) % N, N - K
+        elif self.second == "independent":  # by the last 12 of the noise's 24 bits; a few are tied
+            places = (4096 * mask_noise % 1).argsort(dim=1, stable=True).argsort(dim=1)
+            seen = N - K
+        else:
+            places, seen = ids_restore, N
+        keep = places.argsort(dim=1)[:, :seen]
+        [first] = self.decode(self.decoder_inputs(images, ids_keep, ids_restore))
+        [second] = self.decode(self.decoder_inputs(images, keep, places))
+        return first, second, mask * (places < seen)
+
+
+def two_layers(width):
+    """C-MAE's projector and predictor: (..., C) -> same; hidden width 2048 for ViT-B's 768."""
+    hidden = width * 8 // 3
+    return nn.Sequential(linear(width, hidden), nn.GELU(), linear(hidden, width))
+
+
+class ContrastBranch(ViT):
+    """f and p of C-MAE: an encoder that takes mask tokens, and a projector.
+
+    grain: "token", every patch's token by itself; "mean", their mean; or "cls".
+    PAPER SILENT: widths for other sizes than ViT-B, here in proportion, and norms, here none.
+    """
+
+    def __init__(self, *, grain, **sizes):
+        super().__init__(**sizes)
+        self.grain, C = grain, sizes["width"]
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, C))
+        self.projector = two_layers(C)
+
+    def embed(self, images, mask):
+        """Images (B, 3, H, W) with mask (B, N), 1 = hidden -> (B, n, C), n = N or 1 by grain."""
+        x = self.patch_embed(imagenet_normalize(images))
+        x = torch.where(mask[:, :, None] > 0, self.mask_token.to(x), x)
+        x, _ = self.run_blocks(x + self.pos_embed[:, 1:])
+        if self.grain == "cls":
+            return self.projector(x[:, :1])
+        x = x[:, 1:]
+        return self.projector(x.mean(dim=1, keepdim=True) if self.grain == "mean" else x)
+
+
+class CMAE(ContrastBranch):
+    """No decoder: features of one view of an image must predict those of the other, which sees
+    exactly the rest of it, and that better than any other image's. It asks whether MAE is at heart
+    a contrast of occluded views. The second view goes through a moving average of the network.
+
+    PAPER: C-MAE, eq. 9 to 11, in one direction. PAPER SILENT: both, as in MoCo v3, which it
+    follows, but for that paper's factor; symmetric takes their mean.
+    """
+
+    def __init__(self, *, grain="token", symmetric=False, **sizes):
+        sizes = {k: v for k, v in sizes.items() if not k.startswith("decoder")}  # there is none
+        super().__init__(grain=grain, **sizes)
+        self.symmetric, self.predictor = symmetric, two_layers(sizes["width"])
+        self.teacher = ContrastBranch(grain=grain, **sizes).requires_grad_(False)
+        move_teacher(self, 0)
+
+    def forward(self, views, mask_ratio, mask_noise):
+        """views: (B, 2, 3, H, W), two colourings of each image -> [(queries, targets (B, n, C))].
+
+        One pair, or both directions. Target i of an image stands at the place of its query i.
+        """
+        _, _, mask = random_masking(mask_noise, mask_ratio)
+        one, two = views.unbind(1)
+        pairs = []
+        for mine, hidden, other, there in [(one, mask, two, 1 - mask), (two, 1 - mask, one, mask)]:
+            with torch.no_grad():
+                targets = self.teacher.embed(other, there)
+            pairs.append((self.predictor(self.embed(mine, hidden)), targets))
+            if not self.symmetric:
+                break
+        return pairs
+
+
+SECOND_VIEWS, GRAINS = ("complement", "independent", "whole"), ("token", "mean", "cls")
+
+
+SIBLINGS = {"feature_mae": FeatureMAE, "boot_mae": BootMAE, "r_mae": RMAE, "c_mae": CMAE}
+
+
+def build_sibling(arch, size, image_size, patch_size, **options):
+    """A network of SIBLINGS, of a size in MAE_SIZES; options: its own (see the classes)."""
+    sizes = dict(image_size=image_size, patch_size=patch_size)
+    return SIBLINGS[arch](**sizes, **MAE_SIZES[size], **options)
+
+
+def open_teacher(path, image_size, patch_size):
+    """The encoder in a file of ViT-MAE weights, for images of `image_size`; ValueError if none."""
+    weights, _ = read_weights(path)
+    sizes = published_sizes(weights, path, remedy="take another teacher")
+    if sizes["patch_size"] != patch_size:
+        raise ValueError(
+            f"{path} has patches of {sizes['patch_size']} px, this run has {patch_size}, so its "
+            f"features are of other patches; give --patch-size {sizes['patch_size']}"
+        )
+    teacher = build_encoder(sizes["model"], image_size, patch_size)
+    load_whole(teacher, encoder_weights(weights, teacher.side, path), path)
+    return teacher
+
+
+# ---- Losses --------------------------------------------------------------------------------------
+
+
+def mask_density(mask):
+    """BootMAE's weights (B, N), 1 to 2: 1 + the part of a patch's 3 x 3 neighbourhood, itself
+    included, that is hidden. mask: (B, N), 1 = hidden. Beyond the image nothing is.
+
+    What lies deep inside a hidden block is hard to guess, and counts more than its rim. PAPER
+    SILENT: "larger loss weight to the center region of each block"; the density is its code's.
+    """
+    side = math.isqrt(mask.shape[1])
+    return 1 + F.avg_pool2d(mask.view(-1, 1, side, side), 3, stride=1, padding=1).flatten(1)
+
+
+def masked_feature_mse(features, target, mask, weight=1.0):
+    """Mean squared error of the hidden patches' features: (B, N, C) twice -> scalar.
+
+    Both sides have each token's mean and deviation removed first (BootMAE's target and, in its
+    code, prediction), so that predicting nothing costs 1. mask, weight: see `masked_mean`.
+    """
+    features = F.layer_norm(features.float(), features.shape[2:], eps=1e-6)
+    target = F.layer_norm(target.detach().float(), target.shape[2:], eps=1e-6)
+    return masked_mean((features - target).square().mean(dim=2), mask, weight)
+
+
+def info_nce(queries, targets, first=0, temperature=0.2):
+    """-log softmax(s / temperature) of the right image, mean over images and places. PAPER: C-MAE's
+    eq. 9, with s, the cosine, of eq. 10.
+
+    queries: (B, n, C); targets: (M, n, C), of which first + b is query b's. PAPER SILENT: the
+    negatives. A query is compared with the targets at its own place in all M images; among places
+    of one image, position embeddings alone would tell the targets apart. With all similarities
+    equal, the loss is log M.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        q, t = (F.normalize(x.float(), dim=2) for x in (queries, targets.detach()))
+        similarity = torch.einsum("bnd,mnd->nbm", q, t) / temperature  # (n, B, M)
+    right = torch.arange(len(q), device=q.device) + first
+    return F.cross_entropy(similarity.flatten(0, 1), right.repeat(q.shape[1]))
+
+
+def byol_loss(queries, targets):
+    """2 - 2 cos, mean over all pairs (Grill et al. 2020): (B, n, C) twice -> scalar in [0, 4]."""
+    return 2 - 2 * F.cosine_similarity(queries.float(), targets.detach().float(), dim=2).mean()
+
+
+# ---- Samples -------------------------------------------------------------------------------------
+
+
+def block_mask(side, hidden):
+    """BootMAE's mask: rectangles until the part `hidden` of all patches is hidden -> (side^2,)
+    float, 1 = hidden.
+
+    Areas are drawn from 16/196 to 60/196 of the image, less where less is left to hide, and aspect
+    ratios from .3 to 1/.3. Added to the noise of `random_masking`, the rectangles are hidden first,
+    and chance hides the rest. BootMAE's code: 120 of 196 in blocks, 147 in all. Draws from torch's
+    global generator. DIFFERS: that code then shows up to three patches of the blocks again.
+    """
+    total, low, high = (round(part * side**2) for part in (hidden, 16 / 196, 60 / 196))
+    mask = torch.zeros(side, side)
+    while (left := total - int(mask.sum())) > 0:
+        most = min(left, high)
+        u, v, *place = torch.rand(4).tolist()
+        area = low + (most - low) * u  # where most < low, from most to low: what still fits
+        aspect = 0.3 ** (1 - 2 * v)  # from .3 to 1/.3, its logarithm uniform
+        h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if not (0 < h < side and 0 < w < side):
+            continue
+        top, start = (int(p * (side - x + 1)) for p, x in zip(place, (h, w), strict=True))
+        block = mask[top : top + h, start : start + w]
+        if 0 < h * w - int(block.sum()) <= most:
+            block[:] = 1
+    return mask.flatten()
+
+
+# ---- Terms of a batch ----------------------------------------------------------------------------
+
+
+def feature_mae_terms(run, images, mask_noise, epoch, args):
+    """Features of a trained MAE, --teacher, are predicted where patches are hidden.
+
+    PAPER SILENT: the loss; here BootMAE's, but every hidden patch counts the same.
+    """
+    with run.autocast():
+        features, target, mask = run.mae(images, args.mask_ratio, mask_noise)
+    return {"features": losses.masked_feature_mse(features, target, mask)}
+
+
+def boot_mae_terms(run, images, mask_noise, epoch, args):
+    """Pixels, and the features of the encoder's own moving average; dense holes count more.
+
+    PAPER SILENT: the second term's weight, which in its code grows to 1 over the first quarter of
+    the epochs, as here; whether target patches are normalised, which they are there, for each
+    channel. Here as in `mse`: --norm-pix-loss.
+    """
+    with run.autocast():
+        image, features, target, mask = run.mae(images, args.mask_ratio, mask_noise)
+    density = losses.mask_density(mask)
+    pixel = losses.masked_mse(
+        image, images, mask, args.patch_size, args.norm_pix_loss, weight=density
+    )
+    features = losses.masked_feature_mse(features, target, mask, weight=density)
+    ramp = min(1, 4 * epoch / args.epochs)
+    return {"pixel": args.pixel_weight * pixel, "features": ramp * features}
+
+
+def r_mae_terms(run, images, mask_noise, epoch, args):
+    """Both views paint the same, and the second, which sees the place, paints the image.
+
+    PAPER: R-MAE, eq. 8, lambda = --pixel-weight. PAPER SILENT: does a gradient stop? No. DIFFERS:
+    its patches are normalised; here as in `mse`: --norm-pix-loss.
+    """
+    with run.autocast():
+        first, second, counted = run.mae(images, args.mask_ratio, mask_noise)
+    patch, norm = args.patch_size, args.norm_pix_loss
+    return {
+        "disagreement": losses.masked_mse(first, second, counted, patch),
+        "pixel": args.pixel_weight * losses.masked_mse(second, images, counted, patch, norm),
+    }
+
+
+def c_mae_terms(run, views, mask_noise, epoch, args):
+    """Each view's features find the other's among those of all images of a forward pass, of all
+    processes: --accum adds none. PAPER: C-MAE, eq. 11.
+    """
+    with run.autocast():
+        pairs = run.mae(views, args.mask_ratio, mask_noise)
+    found = [losses.info_nce(q, *targets_of_all(t), args.temperature) for q, t in pairs]
+    return {"contrast": sum(found) / len(found)}
+
+
+def byol_mae_terms(run, views, mask_noise, epoch, args):
+    """`c_mae` with BYOL's loss: features agree, and nothing pushes images apart."""
+    with run.autocast():
+        pairs = run.mae(views, args.mask_ratio, mask_noise)
+    return {"disagreement": sum(losses.byol_loss(q, t) for q, t in pairs) / len(pairs)}
+
+
+SIBLING_TERMS = {
+    "feature_mae": feature_mae_terms,
+    "boot_mae": boot_mae_terms,
+    "r_mae": r_mae_terms,
+    "c_mae": c_mae_terms,
+    "byol_mae": byol_mae_terms,
+}
+
+
+def backward_sibling(run, images, mask_noise, epoch, share, args):
+    """`backward` of a sibling's batch: the gradient of the sum of its terms -> {name: scalar}.
+
+    images: (B, 3, H, W), or (B, 2, 3, H, W) for rows of two views, in [0, 1].
+    """
+    terms = SIBLING_TERMS[args.loss](run, images, mask_noise, epoch, args)
+    run.scaler_g.scale(sum(terms.values()) * share).backward()
+    return {name: value.detach() for name, value in terms.items()}
+
+
+def targets_of_all(targets):
+    """Targets (B, n, C) -> (those of all W processes (W B, n, C), place of this one's first).
+
+    In validation this process's alone, since parts of the validation set differ in length.
+    """
+    if not dist.is_initialized() or not torch.is_grad_enabled():
+        return targets, 0
+    parts = [torch.empty_like(targets) for _ in range(world_size())]
+    dist.all_gather(parts, targets.contiguous())
+    return torch.cat(parts), rank() * len(targets)
+
+
+def teacher_momentum(epoch, args):
+    """How much of itself a teacher keeps in each step of an epoch.
+
+    BootMAE's grows linearly over the first 100 epochs, C-MAE's is constant. DIFFERS: for ViT-B,
+    BootMAE's goes on to .99999 at epoch 400.
+    """
+    first, last = LOSSES[args.loss]["momentum"]
+    return first + (last - first) * min(1, (epoch - 1) / 100)
+
+
+def open_teacher(args):
+    """The encoder in --teacher; of a benchmark, a random one, which takes as long."""
+    if args.benchmark and args.teacher is None:
+        return model.build_encoder(args.model, args.image_size, args.patch_size)
+    return model.open_teacher(args.teacher, args.image_size, args.patch_size)
+
+
