@@ -1504,6 +1504,22 @@ def test_learning_rate_follows_the_schedule():
     assert math.isclose(args.lr, 1.5e-4) and args.warmup_epochs == 40
 
 
+def test_a_discriminator_at_rate_0_stays_as_drawn_while_g_learns_from_its_features():
+    with scratch() as root:
+        flags = [*FAST, "--loss", "msg_gan_p", "--limit-images", 8, "--adversarial-weight", 0]
+        assert command(*flags, "--epochs", 2, "--d-lr", 0, "--out", root)[0] == 0
+        kept = kept_in(root)
+        assert kept["progress"]["step"] == 4 and log_of(root)[1]["feature"] > 0
+        run, _ = tiny_run("--loss", "msg_gan_p")  # the same seed draws the same D
+        drawn = run.disc.state_dict()
+        assert all(torch.equal(v, drawn[k]) for k, v in kept["disc"].items())
+        moved = (
+            run.mae.state_dict()["blocks.0.mlp.fc1.weight"]
+            != kept["mae"]["blocks.0.mlp.fc1.weight"]
+        )
+        assert moved.all()
+
+
 def test_weight_decay_spares_norms_biases_and_tokens():
     mae = model.build_mae("tiny", 32, 8)
     decayed, spared = train.parameter_groups(mae.parameters(), 0.05)

@@ -1272,7 +1272,7 @@ def build_parser():
         "discriminator D",
         ("--d-channels", COUNT, None, "at the finest scale; None = by --model"),
         ("--d-max", COUNT, None, "most channels; None = by --model"),
-        ("--d-lr", POSITIVE, None, "learning rate, whatever the batch; None = by --loss"),
+        ("--d-lr", NUMBER, None, "learning rate; 0: D stays as drawn; None = by --loss"),
         ("--d-betas", (NUMBER, NUMBER), None, "of Adam; None = by --loss"),
     )
     add_flags(
@@ -1309,7 +1309,8 @@ def parse_args(argv=None):
     if args.adversarial_weight is None:
         args.adversarial_weight = recipe["weight"]
     rate, betas = D_ADAM[recipe["adversary"] or "conv"]
-    args.d_lr, args.d_betas = args.d_lr or rate, args.d_betas or list(betas)
+    args.d_lr = rate if args.d_lr is None else args.d_lr
+    args.d_betas = args.d_betas or list(betas)
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs * 40 / 300
     args.lr = args.lr or args.blr * images_per_step(args) / 256
