@@ -449,14 +449,16 @@ def open_checkpoint(args, part="classifier", script="finetune.py", keep=("pool",
 
     Model, image and patch size are the checkpoint's where no flag gives them, and a --model or
     --patch-size that contradicts it ends the run. With --eval the file is one of `script`, which
-    holds `part`; task, seed, classes and what `keep` names are its, too. seen_seeds: [seed of its
-    training], if that was on the same --data.
+    holds `part`; task, seed, classes and what `keep` names are its, too. seen: on what the weights
+    were trained, see `train.seen_by`.
     """
     path, saved, weights = args.checkpoint, dict(model="base", image_size=224, patch_size=16), None
+    seen = []
     if path != "none":
         with train.refusals():
             content = model.load_file(path, KIND)
             saved, ours = content.get("arguments"), "script" in content
+            seen = train.seen_by(content) if ours else []
             if args.eval != (ours and "mae" not in content):
                 fail(
                     f"{path} is not a checkpoint of {script}"
@@ -480,10 +482,11 @@ def open_checkpoint(args, part="classifier", script="finetune.py", keep=("pool",
             fail(f"--{flag} {given}, but {path} has {saved[what]}; leave --{flag} off")
     sizes = ("model", "image_size", "patch_size")
     settled = {what: getattr(args, what) or saved[what] for what in sizes}
-    settled["seen_seeds"] = [saved["seed"]] if saved.get("data") == args.data else []
     if args.eval:
         settled |= {what: saved.get(what) for what in ("task", "seed", "classes", *keep)}
-    return weights, argparse.Namespace(**vars(args) | settled)
+    args = argparse.Namespace(**vars(args) | settled)
+    args.seen = [*seen, [train.folder_of(args.data), args.seed]]
+    return weights, args
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -506,7 +509,8 @@ def readable(index, bad):
 
 def check_held_out(source, args):
     """Were the images that are held out of a folder here held out of pre-training, too?"""
-    others = [seed for seed in args.seen_seeds if seed != args.seed]
+    here = train.folder_of(args.data)
+    others = [seed for folder, seed in args.seen if folder == here and seed != args.seed]
     if others and getattr(source, "held_out", False):
         fail(
             f"training with --seed {others[0]} held out other images of {args.data}: give --seed "

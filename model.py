@@ -22,6 +22,7 @@ import math
 import pickle
 import re
 import warnings
+import zipfile
 from types import SimpleNamespace
 
 import torch
@@ -78,6 +79,12 @@ def imagenet_normalize(images):
 def imagenet_denormalize(images):
     """Inverse of `imagenet_normalize`: back to [0, 1] units, not clamped."""
     return images * per_channel(IMAGENET_STD, images) + per_channel(IMAGENET_MEAN, images)
+
+
+def check_size(images, side):
+    """ValueError if images (B, 3, H, W) are not side x side, which a network was built for."""
+    if images.shape[2:] != (side, side):
+        raise ValueError(f"images of {list(images.shape[2:])} for a network of {side} px squares")
 
 
 def unpatchify(patches, patch_size):
@@ -265,6 +272,7 @@ class ViT(nn.Module):
         all N. levels: numbers of blocks whose outputs, (B, 1 + K, C) without that norm, are wanted
         in this order; blocks count from 1, and level 0 is what enters the first.
         """
+        check_size(images, self.side * self.patch_size)
         x = self.patch_embed(imagenet_normalize(images), ids_keep)  # (B, K, C)
         # Positions tell the tokens apart: attention itself does not see their order. CLS's is 0.
         positions = self.pos_embed[:, 1:]  # (1, N, C)
@@ -470,6 +478,7 @@ class ConvDiscriminator(nn.Module):
 
     def __init__(self, image_size, channels=64, max_channels=512):
         super().__init__()
+        self.image_size = image_size
         layers, c_in, side = [], 3, image_size
         while side >= 8:
             c_out = min(channels * 2 ** len(layers), max_channels)
@@ -486,6 +495,7 @@ class ConvDiscriminator(nn.Module):
 
         Returns (logits (B,), feature maps phi^1..phi^J, each (B, C_j, h_j, w_j)).
         """
+        check_size(images[0], self.image_size)
         x = images[0] * 2 - 1
         features = []
         for layer in self.layers:
@@ -574,6 +584,7 @@ class MSGDiscriminator(nn.Module):
 
     def __init__(self, image_size, scales, channels, max_channels):
         super().__init__()
+        self.image_size = image_size
         levels = discriminator_levels(image_size, scales, channels, max_channels)
         widths = [width for _, width in levels]
         # PAPER SILENT: how an image joins. 1x1 convolution of the image, then concatenation
@@ -613,6 +624,7 @@ class MSGDiscriminator(nn.Module):
         PAPER SILENT: which of D's layers are phi. The map at the end of each block, before the
         next image joins it: what D has seen, not what it is shown.
         """
+        check_size(images[0], self.image_size)
         images = [2 * x - 1 for x in images]  # to [-1, 1]
         rgb = [layer(x) for layer, x in zip(self.from_rgb, images, strict=True)]
         x, features = rgb[0], []
@@ -772,6 +784,7 @@ class StyleGAN2Discriminator(nn.Module):
 
     def __init__(self, image_size, scales, channels, max_channels, mbstd_group=4):
         super().__init__()
+        self.image_size = image_size
         levels = discriminator_levels(image_size, scales, channels, max_channels)
         sides, widths = zip(*levels, strict=True)
         self.blocks = nn.ModuleList(map(ResidualBlock, sides, widths, widths[1:]))
@@ -789,6 +802,7 @@ class StyleGAN2Discriminator(nn.Module):
 
         phi: see `MSGDiscriminator.forward`.
         """
+        check_size(images[0], self.image_size)
         images = [2 * x - 1 for x in images]  # to [-1, 1]
         rgb = [layer(x) for layer, x in zip(self.from_rgb, images, strict=True)]
         x, features = rgb[0], []
@@ -1053,8 +1067,11 @@ class BatchStandardize(nn.Module):
             mean = sums[1] / count
             var = (sums[2] / count - mean.square()).clamp(min=0)
             unbiased = var * count / (count - 1).clamp(min=1)
-            self.running_mean.lerp_(mean.float(), self.momentum)
-            self.running_var.lerp_(unbiased.float(), self.momentum)
+            # A batch that is not finite is left out, or it would stay in the statistics for ever.
+            finite = mean.isfinite().all() & unbiased.isfinite().all()
+            for running, now in ((self.running_mean, mean), (self.running_var, unbiased)):
+                moved = running.lerp(now.float(), self.momentum)
+                running.copy_(torch.where(finite, moved, running))
         return (x - mean.float()) / (var.float() + self.eps).sqrt()
 
 
@@ -1547,8 +1564,12 @@ def read_dvae(path):
     """OpenAI's encoder.pkl, a whole pickled module -> {name: tensor} for `DVAEEncoder`.
 
     Needs no package of theirs, and nothing that the file names is executed: see `TensorsOnly`.
-    Plain {name: tensor} files are read too. ValueError for anything else.
+    Plain {name: tensor} files are read too. ValueError for anything else, TorchScript above all:
+    torch.load would hand it on to torch.jit.load, which runs what it holds.
     """
+    if zipfile.is_zipfile(path):
+        if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+            raise ValueError("it is TorchScript, a program")
     safe = SimpleNamespace(Unpickler=TensorsOnly, load=load_tensors_only, __name__="TensorsOnly")
     try:
         with warnings.catch_warnings():

@@ -1225,6 +1225,53 @@ def test_no_loader_executes_what_a_file_asks_for():
         assert touched.exists()  # it would have been
 
 
+class Scripted(torch.nn.Module):
+    """A module whose TorchScript does something as it is read: it overwrites a file."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.path, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.path = state[0]
+        content = torch.from_file(self.path, shared=True, size=4, dtype=torch.uint8)
+        content.fill_(7)
+        self.training = bool(content[0] == 7)  # else TorchScript leaves the lines above out
+
+
+def test_torchscript_is_refused_before_it_runs():
+    with scratch() as root:
+        target, bad = root / "precious", root / "scripted.pkl"
+        target.write_bytes(b"keep")
+        torch.jit.script(Scripted(str(target))).save(str(bad))
+        assert target.read_bytes() == b"keep"
+        raises_value_error(model.read_dvae, bad, says="TorchScript")
+        raises_value_error(model.load_file, bad, says="scripted.pkl")
+        refused(*FAST, "--loss", "dvae_p", "--dvae-weights", bad, names=["scripted", "TorchScript"])
+        assert target.read_bytes() == b"keep"
+        torch.jit.load(str(bad))
+        assert target.read_bytes() == bytes([7] * 4)  # it would have been
+
+
+def test_networks_refuse_images_of_another_size_than_theirs():
+    # 48 px is taken by a patch embedding of 8 px patches, but the positions would be wrong.
+    for size in (16, 48):
+        images = [torch.rand(2, 3, size >> i, size >> i) for i in range(2)]
+        for network in (model.build_mae("nano", 32, 8), model.build_encoder("nano", 32, 8)):
+            raises_value_error(network, images[0], says=f"[{size}, {size}] for a network of 32 px")
+        for kind in ("conv", "msg", "stylegan2"):
+            disc = model.build_discriminator(kind, 32, 2, 4, 8)
+            raises_value_error(disc, images, says=f"[{size}, {size}] for a network of 32 px")
+
+
 def test_d_loss_leaves_g_without_gradient():
     run, args = tiny_run("--loss", "ls_gan", "--pixel-weight", "0", "--adversarial-weight", "0")
     backward(run, tiny_batch(), False, args)
@@ -2036,6 +2083,88 @@ def test_nonfinite_losses_skip_updates_then_stop_with_the_checkpoint_untouched()
         assert all(v.isfinite().all() for v in kept["mae"].values())
 
 
+def test_fp16_whose_gradients_always_overflow_ends_after_30_skipped_updates():
+    real = losses.pixel_loss
+
+    def overflowing(*args, **options):  # the loss is finite, its gradient is not
+        value = real(*args, **options)
+        value.register_hook(lambda gradient: gradient * math.inf)
+        return value
+
+    def scaler(device, dtype):
+        return torch.amp.GradScaler("cpu", init_scale=2.0**16)
+
+    with scratch() as out, mock.patch.object(train, "scaler", scaler):
+        flags = [*FAST, "--limit-images", 160, "--out", out, "--epochs", 1]
+        with mock.patch.object(losses, "pixel_loss", overflowing):
+            refused(*flags, names=["30 updates in a row", "scale_g", "--amp off"])
+        assert command(*flags)[0] == 0
+        assert log_of(out)[0]["scale_g"] == 2.0**16
+
+
+def test_a_batch_that_is_not_finite_leaves_a_probes_statistics_alone():
+    torch.manual_seed(0)
+    layer = model.BatchStandardize(3)
+    layer(torch.randn(8, 3))
+    before = [x.clone() for x in layer.buffers()]
+    for bad in (math.nan, math.inf):
+        x = torch.randn(8, 3)
+        x[2, 1] = bad
+        layer(x)
+        assert all(torch.equal(a, b) for a, b in zip(before, layer.buffers(), strict=True))
+    layer(torch.randn(8, 3))
+    assert not torch.equal(before[0], layer.running_mean)
+    with scratch() as out:  # a checkpoint looks at what is not trained, too
+        run, args = probe_run("--task", "linear")
+        run.network.standardize.running_var[0] = math.inf
+        saving = SimpleNamespace(
+            main=lambda _: train.save_checkpoint(out / "c.pt", run, train.new_progress(), args)
+        )
+        status, errors = command(script=saving)
+        assert status == 2 and "non-finite weights" in errors and not (out / "c.pt").exists()
+
+
+def test_a_folder_belongs_to_one_live_run_and_is_taken_over_from_a_dead_one():
+    with scratch() as out:
+        flags = [*FAST, "--limit-images", 4, "--out", out, "--epochs", 1]
+        other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        lock = out / "lock.json"
+        lock.write_text(json.dumps({"host": socket.gethostname(), "process": other.pid}))
+        refused(*flags, names=["in use by process", str(other.pid), "--out"])
+        other.communicate(b"\n")
+        said = []
+        with mock.patch.object(train, "say", said.append):
+            assert command(*flags)[0] == 0
+        assert any("taken over" in line and str(other.pid) in line for line in said)
+        # On another host: by when the lock was last renewed.
+        lock.write_text(json.dumps({"host": "elsewhere", "process": 1}))
+        refused(*flags, "--epochs", 2, names=["process 1 on elsewhere"])
+        os.utime(lock, (time.time() - 601,) * 2)
+        assert command(*flags, "--epochs", 2)[0] == 0
+        lock.write_text("{")  # torn
+        assert command(*flags, "--epochs", 3)[0] == 0
+        train.renew_lock(out)
+        assert time.time() - lock.stat().st_mtime < 5
+
+
+def test_tasks_of_srun_without_torchrun_are_refused():
+    with mock.patch.dict(os.environ, {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}):
+        refused(*FAST, names=["srun", "2 times", "torchrun"])
+    with mock.patch.dict(os.environ, {"SLURM_NTASKS": "2"}), scratch() as out:  # within sbatch
+        assert command(*FAST, "--limit-images", 4, "--epochs", 1, "--out", out)[0] == 0
+
+
+def test_a_run_goes_on_with_its_own_data_alone_however_that_is_spelt():
+    with scratch() as root:
+        for name in ("a", "b"):
+            write_folder(root / name, count=8)
+        flags = [*FAST, "--epochs", 2, "--val-images", 4, "--batch-size", 4, "--out", root / "run"]
+        assert command(*flags, "--data", root / "a", "--steps", 1)[0] == 0
+        refused(*flags, "--data", root / "b", names=["--data", "(now ", "--out"])
+        refused(*flags, "--data", root / "a", "--limit-images", 4, names=["--limit-images None"])
+        assert command(*flags, "--data", f"{root}/b/../a/")[0] == 0
+
+
 def test_a_stop_signal_in_a_step_whose_loss_is_not_finite_still_saves():
     with scratch() as out, pixel_loss_not_finite_in([3], lambda: os.kill(os.getpid(), 15)):
         status, _ = command(*FAST, "--limit-images", 64, "--out", out, "--epochs", 1)
@@ -2821,7 +2950,14 @@ def test_images_that_training_held_out_are_those_that_are_measured():
         flags = ["--task", "knn", "--data", root / "photos", "--workers", 0, "--batch-size", 4]
         flags += ["--checkpoint", root / "run" / "checkpoint.pt", "--out", root / "knn"]
         tune_refused(*flags, "--seed", 2, names=["give --seed 1", "photos/val"])
+        spelt = [*flags, "--data", f"{root}/./photos/"]
+        tune_refused(*spelt, "--seed", 2, names=["give --seed 1"])
         assert tune(*flags, "--seed", 1)[0] == 0
+        # What --init brings along has been seen, too.
+        more = ["--init", root / "run" / "checkpoint.pt", "--out", root / "more", "--epochs", 1]
+        assert command(*FAST, "--data", root / "photos", "--seed", 2, *more)[0] == 0
+        flags += ["--checkpoint", root / "more" / "checkpoint.pt"]
+        tune_refused(*flags, "--seed", 2, names=["give --seed 1"])
 
 
 def tune_in_turn(jobs):

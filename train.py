@@ -16,11 +16,13 @@ anew).
 """
 
 import argparse
+import atexit
 import itertools
 import json
 import math
 import os
 import signal
+import socket
 import sys
 import time
 import warnings
@@ -436,6 +438,13 @@ def start_processes():
 
     Without those variables: one process, on the GPU if there is one.
     """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks > 1 and "RANK" not in os.environ:
+        fail(
+            f"srun started this script {tasks} times, as {tasks} runs of their own: start one task "
+            "per node, with torchrun in it: srun --ntasks-per-node=1 torchrun --nproc_per_node=8 "
+            f"{Path(sys.argv[0]).name} ... (README, Start)"
+        )
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -591,7 +600,7 @@ D_ADAM = {
 # A checkpoint continues only under the same values of these.
 MUST_FIT = (
     *("loss", "model", "arch", "image_size", "patch_size", "norm_pix_loss"),
-    *("d_channels", "d_max", "seed"),
+    *("d_channels", "d_max", "seed", "data", "limit_images"),
 )
 
 
@@ -666,9 +675,12 @@ def open_loss_network(args, device):
 
 def initialise(run, args):
     """--init: start from an encoder, and a decoder if there is one; says what was taken."""
+    kind = "a file of ViT-MAE weights"
     with refusals():
-        weights, left_out = model.read_weights(args.init)
+        content = model.load_file(args.init, kind)
+        weights, left_out = model.named_as_ours(content, args.init, kind)
         taken = model.load_autoencoder(unwrap(run.mae), weights, args.init)
+    args.seen = [*seen_by(content), *args.seen]
     say(f"--init {args.init}: took {taken}; left out: {', '.join(left_out) or 'none'}")
 
 
@@ -713,6 +725,19 @@ def images_per_step(args):
     return args.batch_size * args.accum * int(os.environ.get("WORLD_SIZE", 1))
 
 
+def folder_of(data):
+    """--data, one spelling for a folder: x, x/ and ./x are the same."""
+    return os.path.realpath(data) if data and os.path.isdir(data) else data
+
+
+def seen_by(content):
+    """What the weights of a checkpoint have seen -> [[--data, --seed], ...], also before --init."""
+    then = content.get("arguments") or {}
+    if "seen" in then:
+        return then["seen"]
+    return [[folder_of(then["data"]), then["seed"]]] if {"data", "seed"} <= then.keys() else []
+
+
 def open_data(args, image_size):
     """-> (training, validation) source of --data; one line and status 2 if that cannot be."""
     with refusals(), first_of_a_node_first():  # it downloads what is to be downloaded
@@ -755,6 +780,51 @@ def check_one_step(train_set, args):
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 
+LOCK_SECONDS = 600  # after which a lock of another host, if not renewed, is a dead run's
+
+
+def lock_output(out):
+    """Make OUT this run's alone, by OUT/lock.json; end if another run that lives has it.
+
+    A run whose process is gone (kill -9) leaves its lock behind: the next one takes it over. On
+    another host processes cannot be seen; there it must have been silent for LOCK_SECONDS.
+    """
+    path, mine = out / "lock.json", {"host": socket.gethostname(), "process": os.getpid()}
+    try:
+        theirs, silent = json.loads(path.read_text()), time.time() - path.stat().st_mtime
+    except (OSError, ValueError):  # none, or one that was torn by a full disk
+        theirs = mine
+    if theirs != mine:
+        if theirs["host"] == mine["host"]:
+            lives = process_lives(theirs["process"])
+        else:
+            lives = silent < LOCK_SECONDS
+        holder = f"process {theirs['process']} on {theirs['host']}"
+        if lives:
+            fail(f"{out} is in use by {holder}: name another --out, or stop that run first")
+        say(f"{out}: taken over from {holder}, which is gone")
+    with writing(path):
+        path.write_text(json.dumps(mine))
+    atexit.register(path.unlink, missing_ok=True)
+
+
+def process_lives(number):
+    """Is there a process of this number on this host?"""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
+def renew_lock(out):
+    """Show other hosts that this run lives."""
+    with suppress(OSError):
+        os.utime(Path(out) / "lock.json")
+
+
 def new_progress():
     """Where a run stands: all that a checkpoint holds beside its parts and arguments.
 
@@ -767,6 +837,7 @@ def new_progress():
         "sums": {},  # of each term over this epoch's counted steps
         "counted": 0,  # steps in `sums`; non-finite ones are not
         "nonfinite": 0,  # non-finite steps in a row, up to now
+        "scales": {},  # fp16: of each scaler (scale, updates skipped in a row)
         "seconds": 0.0,  # spent training in this epoch
         "path_mean": torch.zeros(()),  # running mean of path lengths, 0 = none yet
         "bad_images": [],  # unreadable ones, distinct, over all processes
@@ -780,7 +851,7 @@ def save_checkpoint(path, run, progress, args):
     if not is_main():
         return
     for name, part in run.parts.items():
-        weights = part.parameters() if isinstance(part, torch.nn.Module) else []
+        weights = part.state_dict().values() if isinstance(part, torch.nn.Module) else []
         if not all(p.isfinite().all() for p in weights):
             fail(f"{name} has non-finite weights; {path} keeps the last good ones: lower --lr")
     checkpoint = {name: part.state_dict() for name, part in run.parts.items()}
@@ -867,13 +938,14 @@ def resume(run, path, layout, args):
         part.load_state_dict(checkpoint[name])
         for group, values in zip(getattr(part, "param_groups", []), flags, strict=True):
             group |= values  # what the flags say now, not then
-    if others := changes(then, now, then.keys() - {"resume"}):
+    if others := changes(then, now, then.keys() - {"resume", "seen"}):
         say(f"{path} was trained with {others}")
-    return progress | {"layout": layout}
+    return new_progress() | progress | {"layout": layout}
 
 
 def changes(then, now, names):
     """Arguments among `names` that two commands have both, with other values -> a list in words."""
+    then, now = ({**args, "data": folder_of(args.get("data"))} for args in (then, now))
     differ = [k for k in sorted(names) if k in then and k in now and then[k] != now[k]]
     return ", ".join(
         f"--{k.replace('_', '-')} {then[k]!s:.60} (now {now[k]!s:.60})" for k in differ
@@ -910,14 +982,19 @@ def ending(stopping, progress, args):
 # ---- Steps and epochs: what is shared, counted and logged ----------------------------------------
 
 MAX_NONFINITE = 10  # non-finite losses in a row before the run stops
+MAX_SKIPPED = 30  # updates in a row that fp16 skipped, likewise
 
 
 def agree(run, terms, batches, signalled, progress, dataset):
     """Share what the processes saw in a step, so that all of them act alike.
 
     terms: {name: scalar} of this process. Returns ({name: mean over processes}, has any process
-    been told to stop).
+    been told to stop). In fp16 the former holds scale, or scale_g and scale_d, too.
     """
+    # What fp16's scalers multiply by; read here, where the CPU waits for the GPU anyway.
+    one = torch.ones((), device=run.device)
+    scalers = {k: v for k, v in run.parts.items() if k.startswith("scaler") and v.is_enabled()}
+    terms = terms | {name.replace("scaler", "scale"): s.scale(one) for name, s in scalers.items()}
     bad = {index: reason for *_, found in batches for index, reason in found}
     bad = {index: reason for index, reason in bad.items() if index not in progress["bad_images"]}
     report = sum_over_processes({"stop": signalled, "bad": len(bad), **terms}, run.device)
@@ -962,6 +1039,8 @@ def book_step(progress, means, finite, clock, bar, args):
     means: {name: float}. finite: are they all, or was no update made?
     """
     now = time.perf_counter()
+    if is_main() and now // 60 != clock // 60:
+        renew_lock(args.out)
     progress["step"] += 1
     progress["epoch_step"] += 1
     progress["seconds"] += now - clock
@@ -973,6 +1052,7 @@ def book_step(progress, means, finite, clock, bar, args):
     bar.update(images_per_step(args))
     bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
     give_up_if_it_diverges(progress, means, finite, args)
+    give_up_if_nothing_is_updated(progress, means, args)
     return now
 
 
@@ -987,10 +1067,29 @@ def give_up_if_it_diverges(progress, means, finite, args):
         )
 
 
+def give_up_if_nothing_is_updated(progress, means, args):
+    """End the run if fp16 has skipped a player's updates MAX_SKIPPED times in a row.
+
+    A scaler skips an update whose gradients overflow, and halves its scale; so a scale that keeps
+    falling tells of updates that were not made.
+    """
+    for name in [k for k in means if k.split("_")[0] == "scale"]:
+        last, skipped = progress["scales"].get(name, (means[name], 0))
+        skipped = skipped + 1 if means[name] < last else 0
+        progress["scales"][name] = (means[name], skipped)
+        if skipped == MAX_SKIPPED:
+            fail(
+                f"fp16: {MAX_SKIPPED} updates in a row were skipped, since gradients overflow "
+                f"({name} is down to {means[name]:.0e}); {args.out}/checkpoint.pt is untouched: "
+                "try --amp off, or bf16 where the GPU has it"
+            )
+
+
 def start_output(out, epoch):
-    """Make the folder; keep the log's lines of the epochs before `epoch`, the rest is redone."""
+    """Make the folder, this run's alone; keep the log's lines of the epochs before `epoch`."""
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
+        lock_output(out)
         log = out / "log.jsonl"
         kept = [json.dumps(row) + "\n" for row in data.read_log(log) if row["epoch"] < epoch]
         log.with_suffix(".tmp").write_text("".join(kept))
@@ -1017,7 +1116,7 @@ def write_row(row, out=None):
 
 def next_epoch(progress):
     """Move `progress` on: what belongs to one epoch starts anew."""
-    whole_run = ("step", "bad_images", "layout", "path_mean", "nonfinite", "best")
+    whole_run = ("step", "bad_images", "layout", "path_mean", "nonfinite", "scales", "best")
     kept = {name: progress[name] for name in whole_run}
     progress |= new_progress() | kept | {"epoch": progress["epoch"] + 1}
 
@@ -1315,6 +1414,7 @@ def parse_args(argv=None):
         args.warmup_epochs = args.epochs * 40 / 300
     args.lr = args.lr or args.blr * images_per_step(args) / 256
     args.out = args.out or f"runs/{args.loss}"
+    args.seen = [[folder_of(args.data), args.seed]]  # see `seen_by`
     if args.norm_pix_loss and recipe["pixel"] != "mse":
         fail(f"--norm-pix-loss is for masked MSE, --loss mse: {args.loss} has none")
     if args.loss == "ms_ssim" and args.image_size < 24:
