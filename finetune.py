@@ -90,7 +90,8 @@ def train_network(run, train_set, val_set, args):
     """Train one network -> (signal that stopped it or 0, best).
 
     run: from `build_run`. best: highest `run.score`, top-1 for instance, in per cent. The loop is
-    that of train.py's `pretrain`, with one player.
+    that of train.py's `pretrain`, with one player; but an epoch is saved before it is measured,
+    which may take long, and a run that was ended meanwhile measures it when it goes on.
     """
     run.network.train()
     val = (shard(val_set, args), [])  # and the unreadable ones among its images
@@ -104,36 +105,39 @@ def train_network(run, train_set, val_set, args):
         epoch = progress["epoch"]
         sampler.epoch, sampler.start = epoch, progress["epoch_step"]  # resumes in mid-epoch
         bar, stream, clock = train.progress_bar(sampler, args), iter(loader), perf_counter()
+        due = progress["epoch_step"] == sampler.steps  # of a run that was ended while measuring
 
         while batches := list(islice(stream, args.accum)):  # one step
             position = (epoch - 1) * sampler.steps + progress["epoch_step"]
             warmup, total = args.warmup_epochs * sampler.steps, args.epochs * sampler.steps
-            lr = train.learning_rate(position, warmup, total, args.lr)
-            train.set_rate(run.opt, lr)  # of the head; lower layers have a part of it
+            # The head's rate; lower layers have a part of it.
+            train.set_rate(run.opt, train.learning_rate(position, warmup, total, args.lr))
             terms = step_gradients(run, batches, progress, args)
             means, stopping = train.agree(run, terms, batches, stop["signal"], progress, train_set)
             finite = math.isfinite(means["loss"])
             update(run, apply=finite)
             clock = train.book_step(progress, means, finite, clock, bar, args)
             stopping = stopping or progress["step"] == args.steps
-            ended = progress["epoch_step"] == sampler.steps
             due = train.save_is_due(progress, stopping, args)
-            if due and not ended:  # else after the epoch's measurements
+            if progress["epoch_step"] == sampler.steps:
+                due = due or epoch % args.save_every == 0 or epoch == args.epochs
+            if due:
                 train.save_checkpoint(Path(args.out) / "checkpoint.pt", run, progress, args)
             if stopping:
                 break
 
         bar.close()
-        if ended:
-            finish_epoch(run, progress, lr, val, args)  # measures, logs, keeps the best; moves on
-            if due or epoch % args.save_every == 0 or epoch == args.epochs:
+        if progress["epoch_step"] == sampler.steps and not stop["signal"]:
+            finish_epoch(run, progress, val, args)  # measures, logs, keeps the best; moves on
+            if due:
                 train.save_checkpoint(Path(args.out) / "checkpoint.pt", run, progress, args)
     say(train.ending(stopping, progress, args))
     return stop["signal"], progress["best"]
 
 
-def finish_epoch(run, progress, lr, val, args):
+def finish_epoch(run, progress, val, args):
     """Measure, log, keep the best, and move `progress` on. val: (loader, unreadable images)."""
+    lr = run.opt.param_groups[0]["lr"]  # of the head
     row, measured = train.epoch_row(progress, lr, args), {}
     if row["epoch"] % args.eval_every == 0 or row["epoch"] == args.epochs:
         measured = run.evaluate(run, *val, args)

@@ -1642,7 +1642,7 @@ def test_a_run_over_few_images_stopped_in_mid_epoch_continues_bit_for_bit():
         assert command(*flags, "--out", root / "twice", "--steps", 3)[0] == 0  # of 4
         twice = [*flags, "--out", root / "twice"]
         refused(*twice, "--epoch-images", 12, names=["8 images per epoch (now 12)"])
-        refused(*twice, "--limit-images", 2, names=["3 training images (now 2)"])
+        refused(*twice, "--limit-images", 2, names=["--limit-images 3 (now 2)"])
         assert command(*twice)[0] == 0
         same_weights(root / "once", root / "twice")
         refused(*twice, "--epoch-images", 3, names=["3 training images per epoch", "the 4 of"])
@@ -2901,6 +2901,37 @@ def test_fine_tuning_stopped_in_mid_epoch_continues_bit_for_bit_and_eval_agrees(
                 finetune.main(["--eval", *(str(flag) for flag in measured)])
             for name in figures:
                 assert f"{name} {best[name]:.4g}" in output.getvalue(), (best, output.getvalue())
+
+
+def test_a_run_that_ends_while_it_is_measured_has_saved_and_measures_when_it_goes_on():
+    measure, kill = finetune.evaluate_classifier, iter([None, 9, 15])  # the first epoch is measured
+    flags = [*RANDOM, *PROBE, "--task", "linear", "--limit-images", 8, "--epochs", 3, "--lr", 1e-3]
+
+    def interrupted(run, loader, known, args):
+        how = next(kill, None)
+        if how:
+            kept = kept_in(args.out)["progress"]
+            assert kept["epoch_step"] == kept["epoch"] == 2
+        if how == 9:
+            raise RuntimeError("as if killed")
+        if how:
+            os.kill(os.getpid(), how)
+        return measure(run, loader, known, args)
+
+    with scratch() as root:
+        assert tune(*flags, "--out", root / "once")[0] == 0
+        with mock.patch.object(finetune, "evaluate_classifier", interrupted):
+            try:
+                tune(*flags, "--out", root / "twice")
+            except RuntimeError:
+                pass
+            assert [row["epoch"] for row in log_of(root / "twice")] == [1]
+            assert tune(*flags, "--out", root / "twice")[0] == 128 + signal.SIGTERM
+        assert tune(*flags, "--out", root / "twice")[0] == 0
+        once, twice = log_of(root / "once"), log_of(root / "twice")
+        for a, b in zip(once, twice, strict=True):
+            assert all(a[k] == b[k] for k in ("epoch", "lr", "loss", "top1", "val_loss")), (a, b)
+        same_weights(root / "once", root / "twice")
 
 
 def test_a_probe_and_fine_tuning_learn_colours():
