@@ -83,6 +83,12 @@ def update(run, apply):
     run.opt.zero_grad(set_to_none=True)
 
 
+CURVES = {  # panels of curves.png, see data.CURVES
+    "loss": {"loss": "training", "val_loss": "held out"},
+    "accuracy, %": {"top1": "top-1", "top5": "top-5"},
+}
+
+
 # ---- The loop over epochs ------------------------------------------------------------------------
 
 
@@ -102,7 +108,7 @@ def train_network(run, train_set, val_set, args):
     stop, stopping = train.catch_stop_signals(), False
 
     while progress["epoch"] <= args.epochs and not stopping:
-        epoch = progress["epoch"]
+        run.epoch = epoch = progress["epoch"]
         sampler.epoch, sampler.start = epoch, progress["epoch_step"]  # resumes in mid-epoch
         bar, stream, clock = train.progress_bar(sampler, args), iter(loader), perf_counter()
         due = progress["epoch_step"] == sampler.steps  # of a run that was ended while measuring
@@ -143,6 +149,11 @@ def finish_epoch(run, progress, val, args):
         measured = run.evaluate(run, *val, args)
     row["bad_images"] += len(val[1])
     train.write_row(row | measured, args.out)
+    if is_main():
+        picture = Path(args.out) / "pictures" / "curves.png"
+        with train.writing(picture):
+            picture.parent.mkdir(exist_ok=True)
+            data.draw_curves(picture, Path(args.out) / "log.jsonl", run.curves)
     best = measured.get(run.score, -1.0) > progress["best"]
     if best:
         progress["best"] = measured[run.score]
@@ -154,7 +165,9 @@ def finish_epoch(run, progress, val, args):
 # ---- Network and optimiser -----------------------------------------------------------------------
 
 
-def build_run(network, groups, args, device, *, part, terms, evaluate, score, script, must_fit):
+def build_run(
+    network, groups, args, device, *, part, terms, evaluate, score, script, must_fit, curves
+):
     """What trains -> namespace of network, opt, scaler, device, dtype and autocast (see train.py).
 
     network:  on the device, with its weights
@@ -166,11 +179,12 @@ def build_run(network, groups, args, device, *, part, terms, evaluate, score, sc
     score:    what of such a row picks best.pt; None: nothing does
     script:   who writes the checkpoint
     must_fit: arguments under which alone a checkpoint continues
+    curves:   panels of pictures/curves.png, as data.CURVES
     """
     dtype = train.choose_precision(args.amp, device)
     run = SimpleNamespace(device=device, dtype=dtype, script=script, must_fit=must_fit)
     run.autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
-    run.terms, run.evaluate, run.score = terms, evaluate, score
+    run.terms, run.evaluate, run.score, run.curves = terms, evaluate, score, curves
     run.network, run.scaler = train.wrap(network, device), train.scaler(device, dtype)
     run.opt = torch.optim.AdamW(groups, betas=tuple(args.betas), fused=True)
     run.parts = {part: network, "opt": run.opt, "scaler": run.scaler}
@@ -200,6 +214,7 @@ def build_classifier_run(args, weights, device):
         score="top1",
         script="finetune.py",
         must_fit=MUST_FIT,
+        curves=CURVES,
     )
     run.mix = build_mix(args, len(args.classes))
     return run

@@ -2016,7 +2016,7 @@ def test_a_run_within_an_epoch_keeps_its_batch_and_steps_count_from_the_start():
         assert command(*flags, "--steps", 3)[0] == 0  # of 4
         names = ["4 images per step (now 8)", "epoch's end"]
         refused(*flags, "--batch-size", 8, names=names)
-        refused(*flags, "--limit-images", 12, names=["16 training images (now 12)"])
+        refused(*flags, "--limit-images", 12, names=["--limit-images 16 (now 12)"])
         assert command(*flags, "--steps", 3)[0] == 0  # it has its 3 steps: nothing to do
         kept = kept_in(out)
         assert kept["progress"]["step"] == 3

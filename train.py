@@ -1294,6 +1294,36 @@ RUN_FLAGS = (
 )
 
 
+# What other pre-training has, too.
+NETWORK_FLAGS = (
+    ("--model", model.MAE_SIZES, "base", "paper: base, large"),
+    ("--image-size", at_least(16), 224, "side in pixels"),
+    ("--patch-size", at_least(2), 16, "pixels, a power of two"),
+    ("--mask-ratio", POSITIVE, 0.75, "hidden part of the patches"),
+    ("--norm-pix-loss", bool, False, "normalise each target patch of a masked MSE"),
+    ("--init", str, None, "file to start from: ours, a published MAE, timm's, Hugging Face's"),
+)
+SAMPLE_FLAGS = (
+    *DATA_FLAGS,
+    ("--epoch-images", COUNT, None, "samples of an epoch; None = each image once"),
+    ("--val-images", COUNT, 256, "held-out images to measure"),
+    ("--crop-min", POSITIVE, 0.2, "smallest crop, part of the area"),
+    ("--flip", bool, True, "mirror half of the images"),
+    ("--jitter", NUMBER, 0.4, "colour jitter; 0 = none"),
+)
+# PAPER SILENT: it contradicts itself on epochs of ViT-L (1600 or 1200), batch (16 or 32) and Adam's
+# second beta (.95 or .999), and does not say whether the learning rate scales with the batch. Ours:
+# 300 epochs for any model, 32 per process, MAE's .95, and MAE's linear scaling.
+OPTIMISER_FLAGS = (
+    ("--epochs", COUNT, 300, "paper: 300 (base)"),
+    ("--warmup-epochs", NUMBER, None, "None = 40/300 of the epochs, as the paper"),
+    *BATCH_FLAGS,
+    ("--blr", POSITIVE, 1.5e-4, "learning rate for 256 images per step; scales with them"),
+    ("--betas", (NUMBER, NUMBER), [0.9, 0.95], "of AdamW"),
+    ("--weight-decay", NUMBER, 0.05, "of matrices"),
+)
+
+
 def build_parser():
     """Every flag of train.py; `--help` is the manual. The paper's values are the defaults, except
     where DIFFERS or PAPER SILENT says otherwise.
@@ -1311,24 +1341,10 @@ def build_parser():
         parser,
         "what to train",
         ("--loss", LOSSES, "mse", "row of the tables in README"),
-        ("--model", model.MAE_SIZES, "base", "paper: base, large"),
         ("--arch", ("auto", "mae", "msg_mae"), "auto", "auto: what the paper pairs with the loss"),
-        ("--image-size", at_least(16), 224, "side in pixels"),
-        ("--patch-size", at_least(2), 16, "pixels, a power of two"),
-        ("--mask-ratio", POSITIVE, 0.75, "hidden part of the patches"),
-        ("--norm-pix-loss", bool, False, "normalise each target patch; mse"),
-        ("--init", str, None, "file to start from: ours, a published MAE, timm's, Hugging Face's"),
+        *NETWORK_FLAGS,
     )
-    add_flags(
-        parser,
-        "data",
-        *DATA_FLAGS,
-        ("--epoch-images", COUNT, None, "samples of an epoch; None = each image once"),
-        ("--val-images", COUNT, 256, "held-out images to measure"),
-        ("--crop-min", POSITIVE, 0.2, "smallest crop, part of the area"),
-        ("--flip", bool, True, "mirror half of the images"),
-        ("--jitter", NUMBER, 0.4, "colour jitter; 0 = none"),
-    )
+    add_flags(parser, "data", *SAMPLE_FLAGS)
     add_flags(
         parser,
         "weights of the loss terms (eq. 2, 3 and 6)",
@@ -1353,19 +1369,7 @@ def build_parser():
         ("--dvae-weights", str, None, "OpenAI's encoder.pkl as published; for dvae_p"),
         ("--vgg-weights", str, None, "torchvision's vgg16; None = download; for vgg_p"),
     )
-    # PAPER SILENT: it contradicts itself on epochs of ViT-L (1600 or 1200), batch (16 or 32) and
-    # Adam's second beta (.95 or .999), and does not say whether the learning rate scales with the
-    # batch. Ours: 300 epochs for any model, 32 per process, MAE's .95, and MAE's linear scaling.
-    add_flags(
-        parser,
-        "optimisation of G",
-        ("--epochs", COUNT, 300, "paper: 300 (base)"),
-        ("--warmup-epochs", NUMBER, None, "None = 40/300 of the epochs, as the paper"),
-        *BATCH_FLAGS,
-        ("--blr", POSITIVE, 1.5e-4, "learning rate for 256 images per step; scales with them"),
-        ("--betas", (NUMBER, NUMBER), [0.9, 0.95], "of AdamW"),
-        ("--weight-decay", NUMBER, 0.05, "of matrices"),
-    )
+    add_flags(parser, "optimisation of G", *OPTIMISER_FLAGS)
     add_flags(
         parser,
         "discriminator D",
@@ -1410,26 +1414,33 @@ def parse_args(argv=None):
     rate, betas = D_ADAM[recipe["adversary"] or "conv"]
     args.d_lr = rate if args.d_lr is None else args.d_lr
     args.d_betas = args.d_betas or list(betas)
+    settle(args)
+    if args.norm_pix_loss and recipe["pixel"] != "mse":
+        fail(f"--norm-pix-loss is for masked MSE, --loss mse: {args.loss} has none")
+    if args.loss == "ms_ssim" and args.image_size < 24:
+        fail(f"--image-size {args.image_size} has no 4 scales for MS-SSIM; use 24 or more")
+    if args.ada_p is not None and args.ada_p > 1:
+        fail(f"--ada-p {args.ada_p} is a probability; give 0 to 1")
+    if max(args.d_betas) >= 1:
+        fail("--d-betas must be below 1")
+    return args
+
+
+def settle(args):
+    """Fill in what follows from other flags of NETWORK_, SAMPLE_ and OPTIMISER_FLAGS, and check."""
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs * 40 / 300
     args.lr = args.lr or args.blr * images_per_step(args) / 256
     args.out = args.out or f"runs/{args.loss}"
     args.seen = [[folder_of(args.data), args.seed]]  # see `seen_by`
-    if args.norm_pix_loss and recipe["pixel"] != "mse":
-        fail(f"--norm-pix-loss is for masked MSE, --loss mse: {args.loss} has none")
-    if args.loss == "ms_ssim" and args.image_size < 24:
-        fail(f"--image-size {args.image_size} has no 4 scales for MS-SSIM; use 24 or more")
     patches = (args.image_size // args.patch_size) ** 2
-    fits = args.image_size % args.patch_size == 0  # if not, `build_mae` says so
+    fits = args.image_size % args.patch_size == 0  # if not, `ViT` says so
     if fits and not 1 <= int(patches * (1 - args.mask_ratio)) < patches:
         fail(f"--mask-ratio {args.mask_ratio} of {patches} patches hides all of them or none")
-    if args.ada_p is not None and args.ada_p > 1:
-        fail(f"--ada-p {args.ada_p} is a probability; give 0 to 1")
     if args.crop_min > 1:
         fail(f"--crop-min {args.crop_min} is a part of the area; give 1 or less")
-    if max(*args.betas, *args.d_betas) >= 1:
-        fail("--betas and --d-betas must be below 1")
-    return args
+    if max(args.betas) >= 1:
+        fail("--betas must be below 1")
 
 
 # ---- Main ----------------------------------------------------------------------------------------

@@ -1,4 +1,80 @@
+"""Siblings: MAE with one thing changed, from two other papers.
+
+    python -m extras.siblings --loss r_mae --data path/to/images
+    python -m extras.siblings --loss feature_mae --teacher runs/mse/checkpoint.pt
+    torchrun --nproc_per_node=8 -m extras.siblings --loss boot_mae
+
+BootMAE and the regression of features: Dong et al. 2022, "Bootstrapped Masked Autoencoders for
+Vision BERT Pretraining". R-MAE and C-MAE: Kong and Zhang 2023, "Understanding Masked Image Modeling
+via Learning Occlusion Invariant Feature". PAPER, PAPER SILENT and DIFFERS mean the sibling's paper
+here. In order: networks, losses, samples, terms of a batch, what is measured, construction.
+
+Each is one network with one optimiser, so that the loop is finetune.py's; rates, schedule and
+flags are train.py's. Writes to OUT what train.py writes; finetune.py measures the encoder.
+"""
+
+import argparse
+import math
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+import data
+import finetune
+import losses
+import model
+import train
+from model import (
+    MAE,
+    Block,
+    ViT,
+    imagenet_denormalize,
+    imagenet_normalize,
+    linear,
+    random_masking,
+    sincos_positions,
+    unpatchify,
+    with_mask_tokens,
+)
+from train import fail, is_main, say
+
+# What each row changes beside its network and its terms:
+#   paints     has it a pixel term, and pictures?
+#   blocks     are patches hidden in rectangles first (see `block_mask`)?
+#   views      colourings of each image
+#   momentum   of the teacher, a moving average of the network (see `teacher_momentum`)
+ROW = dict(paints=False, blocks=False, views=1, momentum=None)
+CONTRAST = ROW | dict(views=2, momentum=(0.996, 0.996))
+SIBLINGS = {
+    "feature_mae": ROW | dict(blocks=True),
+    "boot_mae": ROW | dict(paints=True, blocks=True, momentum=(0.999, 0.9999)),
+    "r_mae": ROW | dict(paints=True),
+    "c_mae": CONTRAST,
+    "byol_mae": CONTRAST,
+}
+PAINTS = [name for name, row in SIBLINGS.items() if row["paints"]]
+SECOND_VIEWS, GRAINS = ("complement", "independent", "whole"), ("token", "mean", "cls")
+CURVES = {  # as data.CURVES
+    "pixel term": {"pixel": ""},
+    "teacher's features": {"features": ""},
+    "disagreement of views": {"disagreement": ""},
+    "contrast": {"contrast": ""},
+    "loss of held-out images": {"val_loss": ""},
+    "PSNR where hidden, dB": {"psnr": "G", "psnr_mean_fill": "mean fill"},
+    "SSIM where hidden": {"ssim": ""},
+}
+
+
 # ---- Networks ------------------------------------------------------------------------------------
+#
+# A forward pass takes images (C-MAE: two views of each), mask_ratio and mask_noise, as MAE's but
+# without defaults, and returns what the terms compare.
 
 
 @torch.no_grad()
@@ -126,7 +202,7 @@ class BootMAE(ViT):
         return imagenet_denormalize(unpatchify(patches, self.patch_size))
 
     def reconstruct(self, images, mask_ratio, mask_noise):
-        """As `MAE.reconstruct`."""
+        """-> ([image (B, 3, H, W)], mask (B, N)), as `MAE.forward`."""
         ids_keep, ids_restore, mask = random_masking(mask_noise, mask_ratio)
         tokens, [low] = self.encode(images, ids_keep, [1])
         return [self.paint(tokens, ids_restore, low)], mask
@@ -229,33 +305,58 @@ class CMAE(ContrastBranch):
         return pairs
 
 
-SECOND_VIEWS, GRAINS = ("complement", "independent", "whole"), ("token", "mean", "cls")
+def paint(network, images, mask_ratio, mask_noise):
+    """What a row of PAINTS makes of images (B, 3, H, W): ([image (B, 3, H, W)], mask (B, N))."""
+    if isinstance(network, BootMAE):
+        return network.reconstruct(images, mask_ratio, mask_noise)
+    return MAE.forward(network, images, mask_ratio, mask_noise)
 
 
-SIBLINGS = {"feature_mae": FeatureMAE, "boot_mae": BootMAE, "r_mae": RMAE, "c_mae": CMAE}
+def build_network(args, teacher=None):
+    """The network of args.loss with random weights; ValueError if sizes do not fit each other.
+
+    teacher: of feature_mae, a `ViT`; None stands for one with random weights.
+    """
+    sizes = dict(image_size=args.image_size, patch_size=args.patch_size)
+    sizes |= model.MAE_SIZES[args.model]
+    if args.loss == "feature_mae":
+        teacher = teacher or model.build_encoder(args.model, args.image_size, args.patch_size)
+        return FeatureMAE(teacher=teacher, **sizes)
+    if args.loss == "boot_mae":
+        return BootMAE(**sizes)
+    if args.loss == "r_mae":
+        return RMAE(second=args.second, **sizes)
+    return CMAE(grain=args.grain, symmetric=args.symmetric, **sizes)
 
 
-def build_sibling(arch, size, image_size, patch_size, **options):
-    """A network of SIBLINGS, of a size in MAE_SIZES; options: its own (see the classes)."""
-    sizes = dict(image_size=image_size, patch_size=patch_size)
-    return SIBLINGS[arch](**sizes, **MAE_SIZES[size], **options)
-
-
-def open_teacher(path, image_size, patch_size):
-    """The encoder in a file of ViT-MAE weights, for images of `image_size`; ValueError if none."""
-    weights, _ = read_weights(path)
-    sizes = published_sizes(weights, path, remedy="take another teacher")
-    if sizes["patch_size"] != patch_size:
+def open_teacher(args):
+    """The encoder in --teacher, for this run's image size; what it has seen joins `args.seen`."""
+    content = model.load_file(args.teacher, "a file of ViT-MAE weights")
+    weights, _ = model.named_as_ours(content, args.teacher, "a file of ViT-MAE weights")
+    sizes = model.published_sizes(weights, args.teacher, remedy="take another teacher")
+    if sizes["patch_size"] != args.patch_size:
         raise ValueError(
-            f"{path} has patches of {sizes['patch_size']} px, this run has {patch_size}, so its "
-            f"features are of other patches; give --patch-size {sizes['patch_size']}"
+            f"{args.teacher} has patches of {sizes['patch_size']} px, this run has "
+            f"{args.patch_size}, so its features are of other patches; give --patch-size "
+            f"{sizes['patch_size']}"
         )
-    teacher = build_encoder(sizes["model"], image_size, patch_size)
-    load_whole(teacher, encoder_weights(weights, teacher.side, path), path)
+    teacher = model.build_encoder(sizes["model"], args.image_size, args.patch_size)
+    encoder = model.encoder_weights(weights, teacher.side, args.teacher)
+    model.load_whole(teacher, encoder, args.teacher)
+    args.seen = [*train.seen_by(content), *args.seen]
     return teacher
 
 
 # ---- Losses --------------------------------------------------------------------------------------
+
+
+def masked_mean(per_patch, mask, weight=1.0):
+    """Mean of per_patch (B, N) over the hidden patches; the visible ones give no gradient.
+
+    mask: (B, N), 1 = hidden. weight: (B, N) or a number, a factor on each patch. The sum is divided
+    by the number of hidden patches, not by the sum of their weights.
+    """
+    return (per_patch * mask * weight).sum() / mask.sum()
 
 
 def mask_density(mask):
@@ -304,6 +405,40 @@ def byol_loss(queries, targets):
 # ---- Samples -------------------------------------------------------------------------------------
 
 
+class SiblingSet(data.PretrainSet):
+    """`PretrainSet` whose masks may begin with blocks, and whose images may have two views.
+
+    `set[(epoch, index)]` is (image, mask_noise, seed, bad); image: uint8 (3, S, S), or with two
+    views (2, 3, S, S), two colourings of one crop.
+    """
+
+    def __init__(self, source, *, image_size, blocks=0.0, views=1, jitter=0.4, **options):
+        super().__init__(source, image_size=image_size, jitter=jitter, **options)
+        self.blocks, self.views = blocks, views  # part of the patches that rectangles hide first
+        self.shape = data.sample_shape(image_size, views)
+        if views > 1 and jitter:  # PAPER: C-MAE, "follows SimSiam", at .4 (Chen and He 2021).
+            # PAPER SILENT: whether SimSiam's random grey is among its colours; here it is.
+            # DIFFERS: colours change before masking, not after.
+            strong = v2.ColorJitter(jitter, jitter, jitter, min(0.5, jitter / 4))
+            self.distort = v2.Compose([v2.RandomApply([strong], 0.8), v2.RandomGrayscale(0.2)])
+
+    def companion(self, index):
+        """The noise of an image's mask, (N,); blocks are hidden first."""
+        noise = super().companion(index)
+        if self.blocks:
+            noise += block_mask(math.isqrt(self.num_patches), self.blocks)
+        return noise
+
+    def transform(self, image):
+        """PIL image -> uint8 (3, S, S), or (views, 3, S, S)."""
+        if self.views == 1:
+            return super().transform(image)
+        image = self.cropped(image)
+        colour = self.distort if self.augment else lambda image: image
+        views = [v2.functional.pil_to_tensor(colour(image)) for _ in range(self.views)]
+        return torch.stack(views)
+
+
 def block_mask(side, hidden):
     """BootMAE's mask: rectangles until the part `hidden` of all patches is hidden -> (side^2,)
     float, 1 = hidden.
@@ -331,19 +466,23 @@ def block_mask(side, hidden):
 
 
 # ---- Terms of a batch ----------------------------------------------------------------------------
+#
+# Each takes the run, images (B, 3, H, W) in [0, 1] (C-MAE, BYOL: (B, 2, 3, H, W)), mask_noise
+# (B, N), progress, whose epoch counts from 1, and the command line; -> {name: scalar}. The sum is
+# minimised.
 
 
-def feature_mae_terms(run, images, mask_noise, epoch, args):
+def feature_mae_terms(run, images, mask_noise, progress, args):
     """Features of a trained MAE, --teacher, are predicted where patches are hidden.
 
     PAPER SILENT: the loss; here BootMAE's, but every hidden patch counts the same.
     """
     with run.autocast():
-        features, target, mask = run.mae(images, args.mask_ratio, mask_noise)
-    return {"features": losses.masked_feature_mse(features, target, mask)}
+        features, target, mask = run.network(images, args.mask_ratio, mask_noise)
+    return {"features": masked_feature_mse(features, target, mask)}
 
 
-def boot_mae_terms(run, images, mask_noise, epoch, args):
+def boot_mae_terms(run, images, mask_noise, progress, args):
     """Pixels, and the features of the encoder's own moving average; dense holes count more.
 
     PAPER SILENT: the second term's weight, which in its code grows to 1 over the first quarter of
@@ -351,24 +490,23 @@ def boot_mae_terms(run, images, mask_noise, epoch, args):
     channel. Here as in `mse`: --norm-pix-loss.
     """
     with run.autocast():
-        image, features, target, mask = run.mae(images, args.mask_ratio, mask_noise)
-    density = losses.mask_density(mask)
-    pixel = losses.masked_mse(
-        image, images, mask, args.patch_size, args.norm_pix_loss, weight=density
-    )
-    features = losses.masked_feature_mse(features, target, mask, weight=density)
-    ramp = min(1, 4 * epoch / args.epochs)
+        image, features, target, mask = run.network(images, args.mask_ratio, mask_noise)
+    density = mask_density(mask)
+    errors = losses.patch_errors(image, images, args.patch_size, args.norm_pix_loss)
+    pixel = masked_mean(errors, mask, density)
+    features = masked_feature_mse(features, target, mask, density)
+    ramp = min(1, 4 * progress["epoch"] / args.epochs)
     return {"pixel": args.pixel_weight * pixel, "features": ramp * features}
 
 
-def r_mae_terms(run, images, mask_noise, epoch, args):
+def r_mae_terms(run, images, mask_noise, progress, args):
     """Both views paint the same, and the second, which sees the place, paints the image.
 
     PAPER: R-MAE, eq. 8, lambda = --pixel-weight. PAPER SILENT: does a gradient stop? No. DIFFERS:
     its patches are normalised; here as in `mse`: --norm-pix-loss.
     """
     with run.autocast():
-        first, second, counted = run.mae(images, args.mask_ratio, mask_noise)
+        first, second, counted = run.network(images, args.mask_ratio, mask_noise)
     patch, norm = args.patch_size, args.norm_pix_loss
     return {
         "disagreement": losses.masked_mse(first, second, counted, patch),
@@ -376,40 +514,21 @@ def r_mae_terms(run, images, mask_noise, epoch, args):
     }
 
 
-def c_mae_terms(run, views, mask_noise, epoch, args):
+def c_mae_terms(run, views, mask_noise, progress, args):
     """Each view's features find the other's among those of all images of a forward pass, of all
     processes: --accum adds none. PAPER: C-MAE, eq. 11.
     """
     with run.autocast():
-        pairs = run.mae(views, args.mask_ratio, mask_noise)
-    found = [losses.info_nce(q, *targets_of_all(t), args.temperature) for q, t in pairs]
+        pairs = run.network(views, args.mask_ratio, mask_noise)
+    found = [info_nce(q, *targets_of_all(t), args.temperature) for q, t in pairs]
     return {"contrast": sum(found) / len(found)}
 
 
-def byol_mae_terms(run, views, mask_noise, epoch, args):
+def byol_mae_terms(run, views, mask_noise, progress, args):
     """`c_mae` with BYOL's loss: features agree, and nothing pushes images apart."""
     with run.autocast():
-        pairs = run.mae(views, args.mask_ratio, mask_noise)
-    return {"disagreement": sum(losses.byol_loss(q, t) for q, t in pairs) / len(pairs)}
-
-
-SIBLING_TERMS = {
-    "feature_mae": feature_mae_terms,
-    "boot_mae": boot_mae_terms,
-    "r_mae": r_mae_terms,
-    "c_mae": c_mae_terms,
-    "byol_mae": byol_mae_terms,
-}
-
-
-def backward_sibling(run, images, mask_noise, epoch, share, args):
-    """`backward` of a sibling's batch: the gradient of the sum of its terms -> {name: scalar}.
-
-    images: (B, 3, H, W), or (B, 2, 3, H, W) for rows of two views, in [0, 1].
-    """
-    terms = SIBLING_TERMS[args.loss](run, images, mask_noise, epoch, args)
-    run.scaler_g.scale(sum(terms.values()) * share).backward()
-    return {name: value.detach() for name, value in terms.items()}
+        pairs = run.network(views, args.mask_ratio, mask_noise)
+    return {"disagreement": sum(byol_loss(q, t) for q, t in pairs) / len(pairs)}
 
 
 def targets_of_all(targets):
@@ -419,9 +538,18 @@ def targets_of_all(targets):
     """
     if not dist.is_initialized() or not torch.is_grad_enabled():
         return targets, 0
-    parts = [torch.empty_like(targets) for _ in range(world_size())]
+    parts = [torch.empty_like(targets) for _ in range(train.world_size())]
     dist.all_gather(parts, targets.contiguous())
-    return torch.cat(parts), rank() * len(targets)
+    return torch.cat(parts), train.rank() * len(targets)
+
+
+TERMS = {
+    "feature_mae": feature_mae_terms,
+    "boot_mae": boot_mae_terms,
+    "r_mae": r_mae_terms,
+    "c_mae": c_mae_terms,
+    "byol_mae": byol_mae_terms,
+}
 
 
 def teacher_momentum(epoch, args):
@@ -430,14 +558,191 @@ def teacher_momentum(epoch, args):
     BootMAE's grows linearly over the first 100 epochs, C-MAE's is constant. DIFFERS: for ViT-B,
     BootMAE's goes on to .99999 at epoch 400.
     """
-    first, last = LOSSES[args.loss]["momentum"]
+    first, last = SIBLINGS[args.loss]["momentum"]
     return first + (last - first) * min(1, (epoch - 1) / 100)
 
 
-def open_teacher(args):
-    """The encoder in --teacher; of a benchmark, a random one, which takes as long."""
-    if args.benchmark and args.teacher is None:
-        return model.build_encoder(args.model, args.image_size, args.patch_size)
-    return model.open_teacher(args.teacher, args.image_size, args.patch_size)
+# ---- Measuring -----------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def evaluate(run, loader, known, args):
+    """PSNR and the like of held-out images where a row paints, else val_loss -> row; draws.
+
+    val_loss: the sum of the terms, mean over images. Contrast is among the images of one process's
+    batch: compare it only at equal --batch-size and number of processes. loader, known: see
+    `finetune.evaluate_classifier`; an unreadable image's neighbour stands in for it.
+    """
+    paints, found = args.loss in PAINTS, {}
+    network = SimpleNamespace(mae=partial(paint, train.unwrap(run.network)))
+    network.autocast = run.autocast
+    sums = {"images": 0} | dict.fromkeys(losses.METRICS if paints else ["val_loss"], 0)
+    for images, mask_noise, _, bad in loader:
+        found |= dict(bad)
+        real, mask_noise = data.to_float(images.to(run.device)), mask_noise.to(run.device)
+        if paints:
+            fake, hidden = train.reconstruct(network, real, mask_noise, args)
+            values, _ = losses.image_quality(fake, real, hidden)
+        else:
+            terms = TERMS[args.loss](run, real, mask_noise, {"epoch": args.epochs}, args)
+            values = {"val_loss": sum(terms.values()) * len(real)}
+        for name, value in values.items():
+            sums[name] += value
+        sums["images"] += len(real)
+    new = {index: reason for index, reason in found.items() if index not in known}
+    train.note_bad_images(new, known, loader.dataset)
+    sums = train.sum_over_processes(sums, run.device)
+    count = sums.pop("images")
+    row = {name: value / count for name, value in sums.items()}
+    if args.norm_pix_loss:
+        row["psnr_uses_true_patch_statistics"] = True
+    due = run.epoch % args.picture_every == 0 or run.epoch == args.epochs
+    if paints and due and is_main():
+        picture = Path(args.out) / "pictures" / f"epoch_{run.epoch:04d}.png"
+        samples = [loader.dataset[0, i] for i in range(min(8, len(loader.dataset)))]
+        images, mask_noise, *_ = data.collate(samples)
+        network.device = run.device
+        with train.writing(picture):
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            train.draw_reconstructions(picture, network, images, mask_noise, args)
+    return row
+
+
+# ---- Construction --------------------------------------------------------------------------------
+
+# A checkpoint continues only under the same values of these.
+MUST_FIT = (
+    *("loss", "model", "image_size", "patch_size", "norm_pix_loss", "seed", "data"),
+    *("limit_images", "teacher", "second", "grain", "symmetric"),
+)
+
+
+def build_run(args, device):
+    """What trains -> namespace, see `finetune.build_run`. The teacher moves after every update."""
+    torch.manual_seed(args.seed)  # the same initial weights on every process
+    with train.refusals():  # sizes that do not fit each other, or a file that does not
+        teacher = open_teacher(args) if args.teacher and args.loss == "feature_mae" else None
+        network = build_network(args, teacher)
+        if args.init:
+            initialise(network, args)
+    network = train.compiled(network.to(device), args)
+    run = finetune.build_run(
+        network,
+        train.parameter_groups(network.parameters(), args.weight_decay),
+        args,
+        device,
+        part="mae",
+        terms=TERMS[args.loss],
+        evaluate=evaluate,
+        score=None,
+        script="extras/siblings.py",
+        must_fit=MUST_FIT,
+        curves=CURVES,
+    )
+    if SIBLINGS[args.loss]["momentum"]:
+        run.opt.register_step_post_hook(
+            lambda *_: move_teacher(network, teacher_momentum(run.epoch, args))
+        )
+    return run
+
+
+def initialise(network, args):
+    """--init: start from an encoder, R-MAE also from a decoder; says what was taken."""
+    kind, own = "a file of ViT-MAE weights", network.state_dict()
+    content = model.load_file(args.init, kind)
+    weights, left_out = model.named_as_ours(content, args.init, kind)
+    if args.loss == "r_mae":
+        taken = model.load_autoencoder(network, weights, args.init)
+    else:
+        encoder = model.encoder_weights(weights, network.side, args.init)
+        rest = {k: v for k, v in own.items() if not k.startswith(model.ENCODER)}
+        model.load_whole(network, rest | encoder, args.init)
+        taken = f"{len(encoder)} tensors of the encoder"
+    if SIBLINGS[args.loss]["momentum"]:
+        move_teacher(network, 0)  # it starts from the same weights
+    args.seen = [*train.seen_by(content), *args.seen]
+    say(f"--init {args.init}: took {taken}; left out: {', '.join(left_out) or 'none'}")
+
+
+def build_data(args):
+    """-> (training, validation) `SiblingSet`; one line and status 2 if that cannot be."""
+    train_source, val_source = train.open_data(args, args.image_size)
+    patches = (args.image_size // args.patch_size) ** 2
+    common = dict(image_size=args.image_size, num_patches=patches, seed=args.seed)
+    common["views"] = SIBLINGS[args.loss]["views"]
+    if SIBLINGS[args.loss]["blocks"]:  # BootMAE's code: 120 of 147 hidden patches
+        common["blocks"] = args.mask_ratio * 120 / 147
+    train_set = SiblingSet(
+        train_source,
+        crop_min=args.crop_min,
+        flip=args.flip,
+        jitter=args.jitter,
+        limit=args.limit_images,
+        epoch_images=args.epoch_images,
+        **common,
+    )
+    train.check_one_step(train_set, args)
+    return train_set, SiblingSet(val_source, augment=False, limit=args.val_images, **common)
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+
+def build_parser():
+    """Every flag; those that train.py has, too, mean the same."""
+    parser = argparse.ArgumentParser(
+        description="Pre-train a sibling of MAE.",
+        usage="python -m extras.siblings --loss ROW [--data PATH|shapes|cifar10] [flags]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--loss", choices=SIBLINGS, required=True, help="which sibling")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network")
+    train.add_flags(parser, "what to train", *train.NETWORK_FLAGS)
+    train.add_flags(
+        parser,
+        "what a row changes",
+        ("--pixel-weight", train.NUMBER, 1.0, "of the pixel term; boot_mae, r_mae"),
+        ("--teacher", str, None, "file of a trained MAE, ours or published; for feature_mae"),
+        ("--second", SECOND_VIEWS, "complement", "what r_mae's other view sees"),
+        ("--grain", GRAINS, "token", "what c_mae and byol_mae compare"),
+        ("--symmetric", bool, False, "compare in both directions; c_mae, byol_mae"),
+        ("--temperature", train.POSITIVE, 0.2, "of the softmax; c_mae"),
+    )
+    train.add_flags(parser, "data", *train.SAMPLE_FLAGS)
+    train.add_flags(parser, "optimisation", *train.OPTIMISER_FLAGS)
+    train.add_flags(
+        parser,
+        "the run",
+        ("--out", str, None, "folder for everything written; None = runs/LOSS"),
+        *train.RUN_FLAGS,
+        ("--picture-every", train.COUNT, 10, "epochs between pictures"),
+    )
+    return parser
+
+
+def parse_args(argv=None):
+    """Command line -> namespace with every default filled in. Ends with status 2 on a conflict."""
+    args = build_parser().parse_args(argv)
+    train.settle(args)
+    if args.norm_pix_loss and args.loss not in PAINTS:
+        fail(
+            f"--norm-pix-loss is for rows that paint, {' and '.join(PAINTS)}: {args.loss} does not"
+        )
+    if args.loss == "c_mae" and train.images_per_step(args) // args.accum < 2:
+        fail("--batch-size 1 leaves c_mae nothing to compare an image with; give 2 or more")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.loss == "feature_mae" and not args.teacher:
+        fail("--loss feature_mae needs --teacher FILE, a trained MAE: runs/mse/checkpoint.pt, say")
+    device = train.start_processes()
+    run = build_run(args, device)
+    stopped, _ = finetune.train_network(run, *build_data(args), args)
+    train.stop_processes()
+    return 128 + stopped if stopped else 0
+
+
+if __name__ == "__main__":
+    train.run_script(main)
