@@ -348,7 +348,7 @@ def extract(run, dataset, args):
 
 
 def whiten(bank, queries):
-    """Both, turned and scaled so that the bank of all processes has mean 0 and covariance 1."""
+    """Both, turned and scaled alike, so that the bank of all processes has mean 0, covariance 1."""
     full = gathered(bank).double()
     values, vectors = torch.linalg.eigh(torch.cov(full.T))
     scale = (values + 1e-6 * values.max()).rsqrt()  # directions without variance stay finite
@@ -375,46 +375,120 @@ def knn_scores(queries, bank, bank_labels, *, classes, k, temperature):
     return torch.cat(scores)
 
 
-def fit_logistic(x, labels, *, classes, penalty):
-    """Multinomial logistic regression by L-BFGS -> function from features (n, C) to logits.
+def fit_logistic(x, labels, *, classes, penalties):
+    """Multinomial logistic regression, once per penalty -> list of (weight (classes, C), bias).
 
-    Minimises mean cross-entropy + penalty / 2 |W|^2 over all of x (n, C) float32 at once.
+    Minimises mean cross-entropy + penalty / 2 |W|^2 over all of x (n, C) at once, in float64. W is
+    that of features standardised by the mean and deviation of x; weight and bias are for features
+    as they are. Each penalty starts at the one before: give the strongest first.
     """
-    head = torch.nn.Linear(x.shape[1], classes, device=x.device)
-    torch.nn.init.zeros_(head.weight)
-    torch.nn.init.zeros_(head.bias)
-    solver = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    x = x.double()
+    mean, deviation = x.mean(dim=0), (x.var(dim=0, correction=0) + 1e-6).sqrt()
+    x = (x - mean) / deviation
+    variances, axes = torch.linalg.eigh(x.T @ x / len(x))
+    x = x @ axes  # uncorrelated features, so that `descend` can scale each by itself
+    start, heads = (x.new_zeros(classes, x.shape[1]), x.new_zeros(classes)), []
+    for penalty in penalties:
+        start = descend(x, labels, *start, penalty=penalty, variances=variances)
+        weight = start[0] @ axes.T / deviation
+        heads.append((weight, start[1] - weight @ mean))
+    return heads
+
+
+def descend(x, labels, weight, bias, *, penalty, variances):
+    """L-BFGS from weight (classes, C) and bias (classes,), tensors -> both at the minimum.
+
+    x: (n, C), uncorrelated features of these variances (C,). Each is moved in units of
+    1 / sqrt(curvature at the start), in which slopes compare and small features need no more steps
+    than large ones. Ends where no slope is above SLOPE; says so if ITERATIONS were too few.
+    """
+    chunks = x.split(16384)  # bounds memory
+    spread = torch.zeros_like(bias)  # the cross-entropy's curvature by a class's logit: p (1 - p)
+    for some in chunks:
+        p = F.linear(some, weight, bias).softmax(dim=1)
+        spread += (p - p.square()).sum(dim=0) / len(x)
+    spread = spread.mean().clamp(min=1e-9)
+    scale, bias_scale = (spread * variances.clamp(min=0) + penalty).rsqrt(), spread.rsqrt()
+    u, v = (weight / scale).requires_grad_(), (bias / bias_scale).requires_grad_()
+    steps = dict(max_iter=ITERATIONS, max_eval=2 * ITERATIONS, history_size=10)
+    ends = dict(tolerance_grad=SLOPE, tolerance_change=0)
+    solver = torch.optim.LBFGS([u, v], **steps, **ends, line_search_fn="strong_wolfe")
 
     def loss():
         solver.zero_grad()
-        value = F.cross_entropy(head(x), labels) + penalty / 2 * head.weight.square().sum()
-        value.backward()
-        return value
+        total = penalty / 2 * (u * scale).square().sum()
+        total.backward()
+        for some, own in zip(chunks, labels.split(16384), strict=True):
+            logits = some @ (u * scale).T + v * bias_scale
+            part = F.cross_entropy(logits, own, reduction="sum") / len(x)
+            part.backward()
+            total = total.detach() + part.detach()
+        return total
 
     solver.step(loss)
-    return head
+    loss()  # the line search may have looked elsewhere last
+    slope = max(u.grad.abs().max().item(), v.grad.abs().max().item())
+    if not slope <= SLOPE:
+        say(
+            f"logistic regression did not reach its minimum in {ITERATIONS} iterations: slope "
+            f"{slope:.1e}, not {SLOPE:.0e}, at penalty {penalty:g}; do not trust its accuracy"
+        )
+    return (u * scale).detach(), (v * bias_scale).detach()
 
 
-def logistic_scores(queries, x, labels, *, classes, seed):
-    """Logistic regression -> (logits (Q, classes) of `queries` (Q, C), accuracy on held-out x).
+def folds_of(labels, seed):
+    """Indices (n,) of up to FOLDS disjoint parts of the images, about equal also in each class.
 
-    Fitted to x (n, C) and labels (n,). The penalty is the one of PENALTIES that does best on a
-    tenth of x, held out, whose accuracy, 0 to 1, is returned; then all of x is used. Every process
-    fits the same.
+    No part has an image that is alone in its class: without it the class could not be learnt.
+    Every other class is in the rest of each part. Ends with status 2 if no class has two images.
     """
-    order = torch.randperm(len(x), generator=data.sample_generator(seed)).to(x.device)
-    held, rest = order[: len(x) // 10], order[len(x) // 10 :]
+    labels = labels.cpu()
+    order = torch.randperm(len(labels), generator=data.sample_generator(seed))
+    order = order[labels[order].argsort(stable=True)]
+    counts = labels.bincount()
+    order, alone = order[counts[labels[order]] > 1], int((counts == 1).sum())
+    if len(order) == 0:
+        fail(
+            f"no class has two training images ({len(labels)} in all): none can be held out to "
+            "choose the penalty of logistic regression; give more"
+        )
+    if alone:
+        say(f"classes with a single training image: {alone}; they do not help choose the penalty")
+    return [order[i::FOLDS] for i in range(min(FOLDS, len(order)))]  # each class dealt in turn
 
-    def held_out_top1(penalty):
-        head = fit_logistic(x[rest], labels[rest], classes=classes, penalty=penalty)
-        return (head(x[held]).argmax(dim=1) == labels[held]).float().mean().item()
 
-    if len(held) == 0:
-        fail(f"{len(x)} training images are too few to hold a tenth of them out; give 10 or more")
-    top1 = [held_out_top1(penalty) for penalty in PENALTIES]
-    penalty = PENALTIES[top1.index(max(top1))]
-    head = fit_logistic(x, labels, classes=classes, penalty=penalty)
-    return head(queries).detach(), max(top1)
+def logistic_scores(queries, bank, labels, *, classes, seed):
+    """Logistic regression -> (logits of the queries (Q, classes), {name: what was chosen}).
+
+    queries, bank: {token: features (Q, C) or (n, C)}. labels: (n,). Chosen are the token and the
+    one of PENALTIES whose fits to all but one of `folds_of` name most images of that fold, over all
+    folds: pool, penalty and held_out_top1, in per cent. Among equals the strongest penalty, which
+    follows the images least, then the first token. Then all images are used. A class without
+    images gets -inf. Every process fits the same.
+    """
+    present, labels = labels.unique(return_inverse=True)
+    folds = folds_of(labels, seed)
+    right = {(penalty, pool): 0 for penalty in PENALTIES for pool in bank}
+    for pool, x in bank.items():
+        for fold in folds:
+            rest = torch.ones_like(labels, dtype=torch.bool)
+            rest[fold] = False
+            fit = fit_logistic(x[rest], labels[rest], classes=len(present), penalties=PENALTIES)
+            for penalty, head in zip(PENALTIES, fit, strict=True):
+                guesses = F.linear(x[fold].double(), *head).argmax(dim=1)
+                right[penalty, pool] += int((guesses == labels[fold]).sum())
+    penalty, pool = max(right, key=right.get)  # the first of equals
+    if penalty in (PENALTIES[0], PENALTIES[-1]):
+        say(
+            f"logistic regression chose penalty {penalty:g}, an end of {PENALTIES[0]:g} to "
+            f"{PENALTIES[-1]:g}: one beyond might do better"
+        )
+    down_to = PENALTIES[: PENALTIES.index(penalty) + 1]
+    *_, head = fit_logistic(bank[pool], labels, classes=len(present), penalties=down_to)
+    scores = torch.full((len(queries[pool]), classes), -math.inf, device=labels.device).double()
+    scores[:, present] = F.linear(queries[pool].double(), *head)
+    top1 = 100 * right[penalty, pool] / sum(len(fold) for fold in folds)
+    return scores, {"pool": pool, "penalty": penalty, "held_out_top1": top1}
 
 
 def measure_features(run, train_set, val_set, args):
@@ -434,17 +508,14 @@ def measure_features(run, train_set, val_set, args):
             queries, bank, bank_labels, classes=classes, k=args.k, temperature=args.temperature
         )
     else:
-        standard = model.BatchStandardize(bank.shape[1], momentum=1.0).to(bank.device)
-        bank, queries = standard(bank), standard.eval()(queries)  # over all processes' features
         order = gathered(places).argsort().to(bank.device)  # that of one process
         x, x_labels = gathered(bank)[order], gathered(bank_labels)[order]
-        pools, fits = pools_of(args), {}
-        parts = (features.chunk(len(pools), dim=1) for features in (queries, x))
-        for pool, *own in zip(pools, *parts, strict=True):
-            fits[pool] = logistic_scores(*own, x_labels, classes=classes, seed=args.seed)
-        pool = max(fits, key=lambda name: fits[name][1])
-        scores, top1 = fits[pool]
-        about = {"pool": pool, "held_out_top1": 100 * top1}
+        pools = pools_of(args)
+        queries, x = (
+            dict(zip(pools, features.chunk(len(pools), dim=1), strict=True))
+            for features in (queries, x)
+        )
+        scores, about = logistic_scores(queries, x, x_labels, classes=classes, seed=args.seed)
     counts = {name: int(count) for name, count in count_correct(scores, labels).items()}
     return as_row(counts, classes) | about  # every process has all queries: nothing to add up
 
@@ -587,7 +658,10 @@ FINETUNE |= dict(layer_decay=0.75, drop_path=0.1)
 PLAIN |= dict(layer_decay=1.0, drop_path=0.0)
 ONCE = ("knn", "logistic")  # see each image once, without augmentation
 TASKS = dict.fromkeys(("linear", *ONCE), PLAIN) | {"finetune": FINETUNE}
-PENALTIES = [10.0**n for n in range(-5, 0)]  # on the weights of logistic regression
+# Logistic regression: penalties on its weights, strongest first; where its descent ends, in nats
+# per unit of `descend`; after how many iterations at the latest; parts that are held out in turn.
+PENALTIES = [float(f"{m}e-{n}") for n in range(1, 7) for m in (10, 3)] + [1e-6]  # 1, .3, .1 ...
+SLOPE, ITERATIONS, FOLDS = 1e-6, 5000, 5
 # `--demo`: measures what `train.py --demo` wrote against random weights, on two CPU cores.
 DEMO = dict(
     checkpoint="runs/demo/checkpoint.pt",
@@ -645,8 +719,8 @@ def build_parser():
             "--pool",
             ("cls", "mean", "auto"),
             "cls",
-            "what a classifier sees: CLS, the mean patch token, or (logistic) the one that suits "
-            "held-out training images",
+            "what a classifier sees: CLS, the mean patch token, or (logistic) the one that does better "
+            "in five-fold cross-validation",
         ),
         ("--k", COUNT, 20, "neighbours that vote; knn"),
         ("--temperature", POSITIVE, 0.07, "of the votes; knn"),

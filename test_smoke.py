@@ -2717,43 +2717,122 @@ def test_whitened_features_have_unit_covariance_whatever_their_scales():
     close((others[0] - others[1]).square().sum(), (gap @ inverse @ gap).float(), 1e-2)
 
 
-def test_logistic_regression_ends_where_its_gradient_is_zero():
+def features_like_a_vits(n, classes=10, width=192):
+    """(float32 (n, width), labels (n,)): correlated, of variances from .01 to 100, far from 0."""
     torch.manual_seed(0)
-    x, labels = torch.randn(40, 3), torch.arange(40) % 3
-    x[:, 0] += labels
-    head = finetune.fit_logistic(x, labels, classes=3, penalty=0.1)
-    weight, bias = head.weight.detach().double(), head.bias.detach().double()
-    to_weight, to_bias = 0.1 * weight, torch.zeros(3).double()  # the gradient, image by image
-    for features, label in zip(x.double(), labels, strict=True):
-        odds = [math.exp(float(weight[c] @ features + bias[c])) for c in range(3)]
-        for c in range(3):
-            error = (odds[c] / sum(odds) - (c == int(label))) / 40
-            to_weight[c] += error * features
-            to_bias[c] += error
-    assert to_weight.abs().max() < 1e-4 and to_bias.abs().max() < 1e-4
-    assert weight.abs().max() > 0.1
+    labels, turn = torch.randint(0, classes, (n,)), torch.linalg.qr(torch.randn(width, width)).Q
+    x = torch.randn(n, width) + 0.2 * torch.randn(classes, width)[labels]
+    x = x * torch.logspace(0, -3, width) @ turn * torch.logspace(-0.5, 1.5, width)
+    return x + 5 * torch.randn(width), labels
+
+
+def test_logistic_regression_ends_where_its_gradient_is_zero():
+    x, labels = features_like_a_vits(1000)
+    penalties = [1.0, 1e-2, 1e-4, 1e-6]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        heads = finetune.fit_logistic(x, labels, classes=10, penalties=penalties)
+    assert out.getvalue() == ""  # it says so if it stops early
+    raw = x.double().numpy()
+    own, truth = (raw - raw.mean(0)) / np.sqrt(raw.var(0) + 1e-6), np.eye(10)[labels]
+    for penalty, (weight, bias) in zip(penalties, heads, strict=True):
+        assert weight.dtype == torch.float64
+        logits = raw @ weight.numpy().T + bias.numpy()  # of features as they are
+        odds = np.exp(logits - logits.max(1, keepdims=True))
+        error = (odds / odds.sum(1, keepdims=True) - truth) / len(raw)
+        to_weight = error.T @ own + penalty * weight.numpy() * np.sqrt(raw.var(0) + 1e-6)
+        to_bias = error.sum(0)
+        assert np.abs(to_weight).max() < 1e-6 and np.abs(to_bias).max() < 1e-6, penalty
+        # The objective bends by at least `penalty` along W: this bounds what is left to gain.
+        assert (to_weight**2).sum() / 2 / penalty < 1e-5, penalty
+    again = finetune.fit_logistic(x, labels, classes=10, penalties=penalties)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(heads, again, strict=True))
+    [alone] = finetune.fit_logistic(x, labels, classes=10, penalties=penalties[2:3])
+    close(alone[0], heads[2][0], 1e-3)  # where it starts does not matter
+    with mock.patch.object(finetune, "ITERATIONS", 5), contextlib.redirect_stdout(out):
+        finetune.fit_logistic(x, labels, classes=10, penalties=[1e-4])
+    assert out.getvalue().count("\n") == 1 and "minimum in 5 iterations" in out.getvalue()
+    assert "penalty 0.0001" in out.getvalue()
+
+
+def test_logistic_regression_does_not_depend_on_the_scales_of_features():
+    x, labels = features_like_a_vits(10, classes=2, width=4)  # so few: each deviation tells
+    a, b = (
+        finetune.logistic_scores({"cls": f(x)}, {"cls": f(x)}, labels, classes=2, seed=0)[0]
+        for f in (lambda x: x, lambda x: 100 * x.double() - 7)
+    )
+    close(a, b, 1e-2)  # but for the 1e-6 that is added to variances
+    [(weight, bias)] = finetune.fit_logistic(x, labels, classes=2, penalties=[0.1])
+    standard = (x - x.mean(dim=0)) / x.std(dim=0, correction=0)
+    assert_close(standard.square().mean(dim=0), torch.ones(4))
+    [(plain, shift)] = finetune.fit_logistic(standard, labels, classes=2, penalties=[0.1])
+    close(F.linear(x.double(), weight, bias), F.linear(standard.double(), plain, shift), 1e-2)
+
+
+def test_folds_are_disjoint_cover_all_and_share_out_each_class():
+    labels = torch.tensor([0] * 23 + [1] * 2 + [2] * 7 + [4] * 11)[torch.randperm(43)]
+    folds = finetune.folds_of(labels, seed=0)
+    assert len(folds) == 5 and sorted(torch.cat(folds).tolist()) == list(range(43))
+    for fold in folds:
+        assert len(fold) in (8, 9)
+        counts = labels[fold].bincount(minlength=5)
+        assert counts[0] in (4, 5) and counts[1] < 2 and counts[2] in (1, 2)
+    same, other = (finetune.folds_of(labels, seed=seed) for seed in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(folds, same, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(folds, other, strict=True))
+    # An image alone in its class is never held out; fewer images than folds make fewer.
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        folds = finetune.folds_of(torch.tensor([3, 1, 3, 0, 3]), seed=0)
+    assert sorted(fold.tolist() for fold in folds) == [[0], [2], [4]]
+    assert "single training image: 2;" in out.getvalue()
+    flags = [*RANDOM, *PROBE, "--task", "logistic"]
+    with scratch() as root:
+        names = ["no class has two training images (10 in all)"]
+        tune_refused(*flags, "--shots", 1, "--out", root, names=names)
+        with mock.patch.object(finetune, "PENALTIES", [0.1, 0.01]):
+            assert tune(*flags, "--shots", 2, "--out", root)[0] == 0
 
 
 def test_logistic_regression_takes_the_penalty_that_suits_held_out_images():
     torch.manual_seed(0)
-    labels = torch.arange(1000) % 2
-    x = torch.randn(1000, 500)  # one coordinate tells something, 499 are noise to be held down
+    labels = torch.arange(400) % 2
+    x = torch.randn(400, 200)  # one coordinate tells something, 199 are noise to be held down
     x[:, 0] += 2 * labels
-    queries, truth = torch.randn(2000, 500), torch.arange(2000) % 2
+    queries, truth = torch.randn(2000, 200), torch.arange(2000) % 2
     queries[:, 0] += 2 * truth
-    used = []
+    about, scores = {}, None
 
-    def spy(*given, penalty, **options):
-        used.append(penalty)
-        return fit(*given, penalty=penalty, **options)
+    def choose(penalties):
+        nonlocal about, scores
+        out, given = io.StringIO(), ({"cls": queries}, {"cls": x}, 2 * labels)  # 1, 3: absent
+        with mock.patch.object(finetune, "PENALTIES", penalties), contextlib.redirect_stdout(out):
+            scores, about = finetune.logistic_scores(*given, classes=4, seed=0)
+        return out.getvalue()
 
-    fit = finetune.fit_logistic
-    with mock.patch.object(finetune, "fit_logistic", spy):
-        scores, _ = finetune.logistic_scores(queries, x, labels, classes=2, seed=0)
-    assert used[:-1] == finetune.PENALTIES and used[-1] >= 1e-2, used
-    chosen = (scores.argmax(dim=1) == truth).float().mean()
-    loose = fit(x, labels, classes=2, penalty=finetune.PENALTIES[0])
-    assert chosen > (loose(queries).argmax(dim=1) == truth).float().mean()
+    assert choose([10.0, 1.0, 0.1, 0.01, 1e-5]) == ""
+    assert (scores[:, 1::2] == -math.inf).all() and scores[:, ::2].isfinite().all()
+    right = {}  # fold by fold, penalty by penalty, each fit from its start
+    for penalty in (10.0, 1.0, 0.1, 0.01, 1e-5):
+        hits = 0
+        for fold in finetune.folds_of(labels, seed=0):
+            rest = sorted(set(range(400)) - set(fold.tolist()))
+            [head] = finetune.fit_logistic(x[rest], labels[rest], classes=2, penalties=[penalty])
+            hits += int((F.linear(x[fold].double(), *head).argmax(1) == labels[fold]).sum())
+        right[penalty] = hits
+    best = max(right, key=lambda penalty: (right[penalty], penalty))
+    assert about == {"pool": "cls", "penalty": best, "held_out_top1": right[best] / 4}, right
+    chosen = (scores[:, ::2].argmax(dim=1) == truth).float().mean()
+    [loose] = finetune.fit_logistic(x, labels, classes=2, penalties=[1e-5])
+    assert chosen > (F.linear(queries.double(), *loose).argmax(dim=1) == truth).float().mean()
+    [head] = finetune.fit_logistic(x, labels, classes=2, penalties=[best])  # to all images
+    close(scores[:, ::2].float(), F.linear(queries.double(), *head).float(), 1e-3)
+    # The end of the grid is named; among equals the strongest is taken.
+    said = choose([best, best / 1e3])
+    assert said.count("\n") == 1 and f"penalty {best:g}, an end of " in said, said
+    x, queries = (10 * v[:, :1] + 1e3 * c[:, None] for v, c in ((x, labels), (queries, truth)))
+    choose([1.0, 0.1, 0.01])
+    assert about == {"pool": "cls", "penalty": 1.0, "held_out_top1": 100}
 
 
 def write_results(folder, **logs):
@@ -2764,6 +2843,7 @@ def write_results(folder, **logs):
         log.write_text(json.dumps({"top1": -1.0, "psnr": -1.0}) + "\n" + json.dumps(row) + "\n")
 
 
+@mock.patch.object(finetune, "PENALTIES", [1.0, 0.1, 0.01])
 def test_logistic_regression_takes_the_token_that_suits_held_out_images():
     labels = torch.arange(200) % 2
     noise = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
@@ -2781,6 +2861,7 @@ def test_logistic_regression_takes_the_token_that_suits_held_out_images():
                 rows[pool] = finetune.measure_features(None, None, None, args)
         assert rows["auto"] == rows[better] and rows["auto"]["pool"] == better
         assert rows["auto"]["held_out_top1"] == 100
+        assert rows["auto"]["penalty"] == 1  # all name every image
         assert max(row["held_out_top1"] for row in rows.values() if row["pool"] != better) < 80
     flags = [*RANDOM, *PROBE, "--task", "logistic", "--limit-images", 30]
     with scratch() as root:  # both tokens come from one pass
