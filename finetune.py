@@ -719,8 +719,8 @@ def build_parser():
             "--pool",
             ("cls", "mean", "auto"),
             "cls",
-            "what a classifier sees: CLS, the mean patch token, or (logistic) the one that does better "
-            "in five-fold cross-validation",
+            "what a classifier sees: CLS, the mean patch token, or (logistic) the one that does "
+            "better in five-fold cross-validation",
         ),
         ("--k", COUNT, 20, "neighbours that vote; knn"),
         ("--temperature", POSITIVE, 0.07, "of the votes; knn"),

@@ -1934,9 +1934,10 @@ def test_pictures_show_the_whole_reconstruction_where_all_of_it_was_trained():
     images, noise, _ = tiny_batch(2)
     images = (255 * images).byte()
     for flags, whole in ((["--loss", "mse"], False), (["--loss", "ms_ssim"], True)):
-        run, args = tiny_run(*flags)
-        with mock.patch.object(data, "save_picture") as save:
-            train.draw_reconstructions("x.png", run, images, noise, args)
+        with scratch() as root, mock.patch.object(data, "save_picture") as save:
+            run, args = tiny_run(*flags, "--epochs", "1", "--out", str(root))
+            progress = train.new_progress() | {"seconds": 1.0}
+            train.finish_epoch(run, progress, 0.0, (images, noise, 0), args)
         columns = save.call_args[0][1]
         assert ("reconstruction" in columns) == whole and "pasted" in columns, list(columns)
 

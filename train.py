@@ -1147,7 +1147,8 @@ def finish_epoch(run, progress, lr, validation_part, args):
         picture = Path(args.out) / "pictures" / f"epoch_{epoch:04d}.png"
         with writing(picture):
             picture.parent.mkdir(exist_ok=True)
-            draw_reconstructions(picture, run, images[:8], mask_noise[:8], args)
+            whole = LOSSES[args.loss]["pixel"] != "mse"
+            draw_reconstructions(picture, run, images[:8], mask_noise[:8], args, whole)
             data.draw_curves(picture.parent / "curves.png", Path(args.out) / "log.jsonl")
     next_epoch(progress)
 
@@ -1201,18 +1202,18 @@ def validate(run, images, mask_noise, args):
     return {name: value / count for name, value in totals.items()}
 
 
-def draw_reconstructions(path, run, images, mask_noise, args):
+def draw_reconstructions(path, run, images, mask_noise, args, whole):
     """Write the epoch's picture: fixed validation images, fixed masks, one row per image.
 
-    The whole reconstruction stands beside its hidden part, pasted, but for `mse`: it trains
-    nothing where patches are visible, and would look broken there.
+    whole: show the whole reconstruction beside its hidden part, pasted. Not for a masked MSE: it
+    trains nothing where patches are visible, and would look broken there.
     """
     real = data.to_float(images.to(run.device))
     fake, hidden = reconstruct(run, real, mask_noise.to(run.device), args)
     pasted = torch.where(hidden > 0, fake, real)
     note = " (true contrast)" if args.norm_pix_loss else ""  # see `reconstruct`
     columns = {"original": real, "masked": data.grey_out(real, hidden)}
-    if LOSSES[args.loss]["pixel"] != "mse":
+    if whole:
         columns["reconstruction"] = fake
     data.save_picture(path, columns | {"pasted" + note: pasted})
 

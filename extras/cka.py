@@ -1,3 +1,32 @@
+"""CKA: how little does an encoder mind what is hidden from it?
+
+    python -m extras.cka --checkpoint runs/mse/checkpoint.pt runs/msg_gan_p/checkpoint.pt none
+
+Linear centred kernel alignment (Kornblith et al. 2019) of an encoder's features of masked and of
+whole images, block by block: Figure 1 of Kong and Zhang, "Understanding Masked Image Modeling via
+Learning Occlusion Invariant Feature", CVPR 2023. Not of the Perceptual MAE paper.
+
+--checkpoint takes any number of what finetune.py takes; `none`: random weights. Writes cka.json and
+pictures/cka.png to OUT.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+import finetune
+import model
+import train
+from train import fail, is_main, say
+
+RATIOS = [n / 10 for n in range(1, 10)]  # hidden parts of the patches
+
+
 # ---- CKA -----------------------------------------------------------------------------------------
 
 
@@ -40,9 +69,6 @@ def cka(sums):
 # ---- Measuring -----------------------------------------------------------------------------------
 
 
-RATIOS = [n / 10 for n in range(1, 10)]  # hidden parts of the patches
-
-
 def open_encoders(args, device):
     """--checkpoint's encoders -> ({name of the row: encoder}, args with what they settle).
 
@@ -52,9 +78,11 @@ def open_encoders(args, device):
     encoders, first = {}, None
     for path in args.checkpoints:  # `none` comes last
         asked = args if path != "none" else first or args
-        weights, own = open_checkpoint(argparse.Namespace(**vars(asked) | {"checkpoint": path}))
+        weights, own = finetune.open_checkpoint(
+            argparse.Namespace(**vars(asked) | {"checkpoint": path})
+        )
         first = first or own
-        first.seen_seeds = sorted({*first.seen_seeds, *own.seen_seeds})
+        first.seen = [*first.seen, *own.seen]
         sizes, others = ((x.image_size, x.patch_size) for x in (own, first))
         if sizes != others:
             fail(
@@ -90,8 +118,7 @@ def block_features(encoder, images, ids_keep, pool):
 @torch.no_grad()
 def measure_cka(args, device):
     """How little does an encoder mind what is hidden? CKA of its features of masked and of whole
-    images, for each of RATIOS and each block: Figure 1 of Kong and Zhang, "Understanding Masked
-    Image Modeling via Learning Occlusion Invariant Feature", CVPR 2023.
+    images, for each of RATIOS and each block.
 
     PAPER SILENT (theirs): tokens, batches, images. Ours: CLS or, with --pool mean, the mean of the
     patches that the encoder sees; 256 images, --batch-size; the whole validation set. --seed fixes
@@ -102,7 +129,7 @@ def measure_cka(args, device):
     if int(patches * (1 - RATIOS[-1])) < 1:
         fail(f"with {RATIOS[-1]} hidden, none of {patches} patches is left; lower --patch-size")
     _, source = train.open_data(args, args.image_size)
-    check_held_out(source, args)
+    finetune.check_held_out(source, args)
     common = dict(image_size=args.image_size, num_patches=patches, seed=args.seed)
     val_set = data.PretrainSet(source, augment=False, limit=args.val_images, **common)
     if len(val_set) < 4 * train.world_size():
@@ -110,10 +137,10 @@ def measure_cka(args, device):
     dtype, found, unread = train.choose_precision(args.amp, device), {}, []
     sums = {k: torch.zeros(len(RATIOS), len(e.blocks), 3).double() for k, e in encoders.items()}
     mine = torch.arange(train.rank(), len(val_set), train.world_size()).split(args.batch_size)
-    bar, count = tqdm(shard(val_set, args), disable=None if is_main() else True), 0
+    bar, count = tqdm(finetune.shard(val_set, args), disable=None if is_main() else True), 0
     for index, (images, mask_noise, _, bad) in zip(mine, bar, strict=True):
         found |= dict(bad)
-        kept = readable(index, bad)
+        kept = finetune.readable(index, bad)
         if kept.sum() < 4:  # too few for an estimate
             continue
         count += kept.sum().item()
@@ -122,10 +149,10 @@ def measure_cka(args, device):
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 seen = (model.random_masking(mask_noise, ratio)[0] for ratio in [0, *RATIOS])
                 whole, *masked = (block_features(encoder, images, ids, args.pool) for ids in seen)
-            sums[name] += torch.stack([losses.cka_sums(x, whole) for x in masked]).cpu()
-    note_unread(found, unread, val_set)
+            sums[name] += torch.stack([cka_sums(x, whole) for x in masked]).cpu()
+    finetune.note_unread(found, unread, val_set)
     parts, counts = zip(*train.of_all_processes((sums, count)), strict=True)
-    values = {name: losses.cka(sum(part[name] for part in parts)) for name in encoders}
+    values = {name: cka(sum(part[name] for part in parts)) for name in encoders}
     if not all(value.isfinite().all() for value in values.values()):
         fail(f"{sum(counts)} images in batches of {args.batch_size} are too few for CKA")
     about = {"data": args.data, "images": sum(counts), "unreadable": len(unread), "ratios": RATIOS}
@@ -160,6 +187,45 @@ def write_cka(out, values, about):
     say(f"done: {out}/cka.json, {out}/pictures/cka.png")
 
 
-CKA_BATCH = 256  # its estimate is the noisier, the fewer images are compared with each other
+# ---- Command line --------------------------------------------------------------------------------
 
 
+def parse_args(argv=None):
+    """Command line -> namespace; status 2 on a conflict."""
+    parser = argparse.ArgumentParser(
+        description="CKA of masked and of whole images.",
+        usage="python -m extras.cka --checkpoint FILE [MORE ...] [none] [--data PATH] [flags]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    text = "of train.py or extras.siblings, or another project's ViT-MAE; none: random weights"
+    parser.add_argument("--checkpoint", nargs="+", dest="checkpoints", metavar="FILE", help=text)
+    train.add_flags(
+        parser,
+        "what to do",
+        *finetune.CHECKPOINT_FLAGS[1:],
+        ("--pool", ("cls", "mean"), "cls", "CLS, or the mean patch token"),
+        # Its estimate is the noisier, the fewer images are compared with each other.
+        ("--batch-size", train.at_least(4), 256, "images per process that are compared"),
+        ("--val-images", train.COUNT, None, "measure on so many; None = all"),
+        *(flag for flag in train.DATA_FLAGS if flag[0] != "--limit-images"),
+        *(flag for flag in train.RUN_FLAGS if flag[0] in ("--amp", "--seed")),
+        ("--out", str, None, "folder for everything written; None = cka/ beside --checkpoint"),
+    )
+    args = parser.parse_args(argv)
+    if args.checkpoints is None:
+        fail("--checkpoint is missing: give files, or none for random weights")
+    args.checkpoints.sort(key="none".__eq__)  # the files first, in their order
+    first, args.eval = args.checkpoints[0], False
+    beside = "runs/none" if first == "none" else Path(first).parent
+    args.out = args.out or str(Path(beside) / "cka")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    measure_cka(args, train.start_processes())
+    train.stop_processes()
+
+
+if __name__ == "__main__":
+    train.run_script(main)

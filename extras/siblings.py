@@ -604,7 +604,7 @@ def evaluate(run, loader, known, args):
         network.device = run.device
         with train.writing(picture):
             picture.parent.mkdir(parents=True, exist_ok=True)
-            train.draw_reconstructions(picture, network, images, mask_noise, args)
+            train.draw_reconstructions(picture, network, images, mask_noise, args, whole=False)
     return row
 
 
