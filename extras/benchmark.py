@@ -1,42 +1,41 @@
-# ---- Steps ---------------------------------------------------------------------------------------
+"""What a training step costs: Table 4 of the paper, and the steps of fine-tuning.
 
+    python -m extras.benchmark --loss all --batch-size 4        # Table 4: every row
+    python -m extras.benchmark --loss msg_gan_p --steps 20
+    torchrun --nproc_per_node=8 -m extras.benchmark --loss msg_gan_p
+    python -m extras.benchmark --task detect --image-size 512   # or linear, finetune, segment
 
-def benchmark(args, device):
-    """Time the training step on random images, eq. 3 on; print one JSON line.
+Times steps on random images, in the process that runs it; no loader, and nothing is written. All
+other flags are those of what is timed: train.py's or extras/siblings.py's with --loss, those of
+finetune.py, extras/detect.py or extras/segment.py with --task (there --checkpoint none, random
+weights, unless given). Prints one JSON line: seconds per step, images per second, peak memory,
+parameters; --loss all a table, from a process for each row.
 
-    Steps with a lazy regulariser take longer: they come in rounds (see `time_steps`). ADA runs at
-    p = 0.5 unless --ada-p says otherwise, since it costs nothing at the p = 0 of a start.
-    """
-    recipe, run = LOSSES[args.loss], build_run(args, device)
-    generator = torch.Generator().manual_seed(args.seed)
-    B = args.batch_size
-    shape = (B, *data.sample_shape(args.image_size, recipe["views"]))
-    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    mask_noise = torch.rand(B, unwrap(run.mae).side ** 2, generator=generator)
-    progress, eq3_on = new_progress(), recipe["phi"] is not None
-    set_rate(run.opt_g, args.lr)
-    places = math.lcm(
-        args.path_every if recipe["path"] and args.path_weight else 1,
-        args.r1_every if recipe["adversary"] and args.r1_gamma else 1,
-    )
+With --loss the perceptual term, eq. 3, is on; ADA is at p = .5 unless --ada-p says otherwise, since
+it costs nothing at the p = 0 of a start; weights of phi and of a teacher that are not given are
+random, which takes as long.
+"""
 
-    def step(number, place):
-        progress["step"] = place
-        batch = (images, mask_noise, torch.arange(B) + B * number)
-        step_gradients(run, [batch] * args.accum, eq3_on, progress, args)
-        update(run, apply=True)
-        if recipe["momentum"]:
-            model.move_teacher(unwrap(run.mae), teacher_momentum(1, args))
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
 
-    seconds = time_steps(step, args.benchmark, places, device)
-    counts = [
-        sum(p.numel() for p in net.parameters() if p.requires_grad)  # teachers are not trained
-        for net in (run.mae, run.disc)
-        if net
-    ]
-    row = benchmark_row(run, seconds, args, loss=args.loss)
-    row |= {"parameters_g": counts[0], "parameters_d": counts[1] if run.disc else 0}
-    say(json.dumps(row))
+import torch
+
+import data
+import finetune
+import losses
+import model
+import train
+from train import fail, say
+
+# ---- Timing --------------------------------------------------------------------------------------
 
 
 def time_steps(step, count, places, device):
@@ -57,8 +56,8 @@ def time_steps(step, count, places, device):
     return statistics.mean(statistics.median(place) for place in seconds)
 
 
-def benchmark_row(run, seconds, args, **first):
-    """What both scripts report of a benchmark -> dict."""
+def report(run, seconds, args, **about):
+    """Print what was measured, as one JSON line. about: what else to say of it."""
     if run.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -66,28 +65,99 @@ def benchmark_row(run, seconds, args, **first):
 
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return first | {
+    row = {
         "model": args.model,
         "image_size": args.image_size,
-        "batch_size": images_per_step(args),
+        "batch_size": train.images_per_step(args),
         "device": run.device.type,
         "amp": str(run.dtype or torch.float32).removeprefix("torch."),
         "seconds_per_step": round(seconds, 4),
-        "images_per_second": round(images_per_step(args) / seconds, 2),
+        "images_per_second": round(train.images_per_step(args) / seconds, 2),
         "peak_memory_mib": round(peak / 2**20),
     }
+    say(json.dumps(about | row))
 
 
-def benchmark_all(argv):
-    """`--benchmark --loss all`: the paper's Table 4, a process for each row of LOSSES -> status.
+def parameters(network):
+    """How many parameters a network trains."""
+    return sum(p.numel() for p in network.parameters() if p.requires_grad) if network else 0
 
-    Siblings take part, with their own --arch.
+
+def random_batch(args, views=1):
+    """Random images (B, 3, S, S) uint8, or (B, views, 3, S, S), and noise of masks (B, N)."""
+    generator = torch.Generator().manual_seed(args.seed)
+    B, patches = args.batch_size, (args.image_size // args.patch_size) ** 2
+    shape = (B, *data.sample_shape(args.image_size, views))
+    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return images, torch.rand(B, patches, generator=generator)
+
+
+# ---- Pre-training --------------------------------------------------------------------------------
+
+
+def time_row(loss, flags, count, device):
+    """A row of `losses.LOSSES`: train.py's step, eq. 3 on.
+
+    Steps with a lazy regulariser take longer: they come in rounds (see `time_steps`).
     """
+    recipe = losses.LOSSES[loss]
+    with tempfile.TemporaryDirectory() as folder:
+        stand_in = f"{folder}/phi.pth"
+        files = [f"--{kind}-weights={stand_in}" for kind in model.PUBLISHED]
+        args = train.parse_args([*files, *flags, "--loss", loss])
+        if recipe["phi"] in model.PUBLISHED:
+            phi = {"dvae": model.DVAEEncoder, "vgg": model.VGGFeatures}[recipe["phi"]]
+            torch.save(phi().state_dict(), stand_in)
+        if args.ada_p is None:
+            args.ada_p = 0.5
+        run = train.build_run(args, device)
+    images, mask_noise = random_batch(args)
+    progress, eq3_on = train.new_progress(), recipe["phi"] is not None
+    train.set_rate(run.opt_g, args.lr)
+    places = math.lcm(
+        args.path_every if recipe["path"] and args.path_weight else 1,
+        args.r1_every if recipe["adversary"] and args.r1_gamma else 1,
+    )
+
+    def step(number, place):
+        progress["step"] = place
+        batch = (images, mask_noise, torch.arange(len(images)) + len(images) * number)
+        train.step_gradients(run, [batch] * args.accum, eq3_on, progress, args)
+        train.update(run, apply=True)
+
+    seconds = time_steps(step, count, places, device)
+    sizes = dict(parameters_g=parameters(run.mae), parameters_d=parameters(run.disc))
+    report(run, seconds, args, loss=loss, **sizes)
+
+
+def time_sibling(loss, flags, count, device):
+    """A row of extras/siblings.py: its step."""
+    from extras import siblings
+
+    with tempfile.TemporaryDirectory() as folder:
+        stand_in = f"{folder}/teacher.pth"
+        args = siblings.parse_args([f"--teacher={stand_in}", *flags, "--loss", loss])
+        teacher = model.build_mae(args.model, args.image_size, args.patch_size).state_dict()
+        torch.save(teacher, stand_in)
+        run = siblings.build_run(args, device)
+    batch = random_batch(args, siblings.SIBLINGS[loss]["views"])
+    seconds = time_tuning(run, batch, count, args)
+    report(run, seconds, args, loss=loss, parameters_g=parameters(run.network), parameters_d=0)
+
+
+def all_rows():
+    """Names of the rows of train.py and of extras/siblings.py."""
+    from extras import siblings
+
+    return *losses.LOSSES, *siblings.SIBLINGS
+
+
+def time_all(argv):
+    """Table 4: a process for each row -> exit status."""
     say("loss             relative time  seconds/step  images/s  peak MiB  parameters G, D")
     base = None
-    for loss in LOSSES:
-        command = [sys.executable, __file__, *argv, "--loss", loss]
-        command += ["--arch", "auto"] if loss in SIBLING_TERMS else []
+    for loss in all_rows():
+        command = [sys.executable, "-m", "extras.benchmark", *argv, "--loss", loss]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             return done.returncode
@@ -100,45 +170,85 @@ def benchmark_all(argv):
     return 0
 
 
-# ---- Fine-tuning ---------------------------------------------------------------------------------
+# ---- Training of one network ---------------------------------------------------------------------
+
+CLASSES = {"linear": 1000, "finetune": 1000, "detect": 80, "segment": 150}  # as the paper's data
 
 
-def random_batch(args):
-    """Random images (B, 3, S, S) uint8 and targets, as a loader gives them for --task."""
-    generator = torch.Generator().manual_seed(args.seed)
-    B, S, classes = args.batch_size, args.image_size, len(args.classes)
-    images = torch.randint(0, 256, (B, 3, S, S), generator=generator, dtype=torch.uint8)
-    shape = {"detect": (B, 7), "segment": (B, S, S)}.get(args.task, (B,))  # COCO: 7 objects
-    labels = torch.randint(0, classes, shape, generator=generator)
-    if args.task != "detect":
-        return images, labels
-    corners, rows = torch.randint(0, S // 2, (B, 7, 2, 1, 1), generator=generator), torch.arange(S)
-    x, y = rows - corners[:, :, 0], rows[:, None] - corners[:, :, 1]
-    masks = (x >= 0) & (x < S // 4) & (y >= 0) & (y < S // 4)  # squares, (B, 7, S, S)
-    return images, [data.objects_in(m, n + 1) for m, n in zip(masks, labels, strict=True)]
+def time_task(task, flags, count, device):
+    """A step of --task, of as many classes as the paper's data set has."""
+    flags = ["--checkpoint", "none", *flags]
+    if task in finetune.TASKS:
+        args = finetune.parse_args([*flags, "--task", task])
+    elif task == "detect":
+        from extras import detect as script
+
+        args = script.parse_args(flags)
+    else:
+        from extras import segment as script
+
+        args = script.parse_args(flags)
+    weights, args = finetune.open_checkpoint(args)
+    args.classes = [str(number) for number in range(CLASSES[task])]
+    if task in finetune.TASKS:
+        run = finetune.build_classifier_run(args, weights, device)
+        batch = random_batch(args)[0], torch.arange(args.batch_size) % CLASSES[task]
+    else:
+        run, batch = script.build_run(args, weights, device), script.random_batch(args)
+    seconds = time_tuning(run, batch, count, args)
+    of_all = sum(p.numel() for p in run.network.parameters())
+    trained = parameters(run.network)
+    report(run, seconds, args, task=task, parameters=of_all, parameters_trained=trained)
 
 
-def benchmark(args, device):
-    """Time the training step on random images, of as many classes as the paper's data sets have.
-
-    Prints one JSON line.
-    """
-    weights, args = open_checkpoint(args)
-    classes = range({"detect": 80, "segment": 150}.get(args.task, 1000))
-    args = argparse.Namespace(**vars(args) | {"classes": list(classes)})
-    run, batch = build_run(args, weights, device), random_batch(args)
+def time_tuning(run, batch, count, args):
+    """`time_steps` of a run of `finetune.train_network`."""
     run.network.train()
     train.set_rate(run.opt, args.lr)
 
     def step(number, place):
-        step_gradients(run, [batch] * args.accum, {"step": number}, args)
-        update(run, apply=True)
+        progress = train.new_progress() | {"step": number}
+        finetune.step_gradients(run, [batch] * args.accum, progress, args)
+        finetune.update(run, apply=True)
 
-    seconds = train.time_steps(step, args.benchmark, 1, device)
-    row = train.benchmark_row(run, seconds, args, task=args.task)
-    parameters = list(run.network.parameters())
-    row["parameters"] = sum(p.numel() for p in parameters)
-    row["parameters_trained"] = sum(p.numel() for p in parameters if p.requires_grad)
-    say(json.dumps(row))
+    return time_steps(step, count, 1, run.device)
 
 
+# ---- Command line --------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    """Command line -> (namespace, flags of what is timed)."""
+    parser = argparse.ArgumentParser(
+        description="Time training steps on random images.",
+        usage="python -m extras.benchmark --loss ROW|all|--task TASK [--steps N] [flags of "
+        "train.py, finetune.py or the script in extras/ that is timed]",
+        allow_abbrev=False,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--loss", help="row of the tables in README; all: Table 4")
+    what.add_argument("--task", choices=CLASSES, help="training of one network")
+    parser.add_argument("--steps", type=train.COUNT, default=10, help="to time; default: 10")
+    args, flags = parser.parse_known_args(argv)
+    if args.loss == "all" and "RANK" in os.environ:
+        fail("--loss all starts a process for each row: name one row, or leave torchrun off")
+    return args, flags
+
+
+def main(argv=None):
+    args, flags = parse_args(argv)
+    if args.loss == "all":
+        return time_all(sys.argv[1:] if argv is None else argv)
+    device = train.start_processes()
+    if args.task:
+        time_task(args.task, flags, args.steps, device)
+    elif args.loss in losses.LOSSES:
+        time_row(args.loss, flags, args.steps, device)
+    else:
+        time_sibling(args.loss, flags, args.steps, device)
+    train.stop_processes()
+    return 0
+
+
+if __name__ == "__main__":
+    train.run_script(main)

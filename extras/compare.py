@@ -1,7 +1,26 @@
-# ---- Reading -------------------------------------------------------------------------------------
+"""Several seeds of several losses against each other: means, differences in pairs, a picture.
 
+    python -m extras.compare runs/seeds
 
-# What --compare looks for in logs, and how its picture calls it.
+Reads the logs in FOLDER/ROW/SEED/ and below, for instance runs/seeds/mse/0/log.jsonl of train.py
+--seed 0 --out runs/seeds/mse/0, and runs/seeds/mse/0/knn/log.jsonl of finetune.py --task knn. ROW
+may be any name. Prints a table, and writes compare.json and compare.png into FOLDER.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+import losses
+import train
+from train import fail, say
+
+# What is looked for in logs, and how the picture calls it.
 SCORES = {
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
@@ -9,6 +28,11 @@ SCORES = {
     "ap": "box AP, %",
     "miou": "mIoU, %",
 }
+FINE = 3  # the picture is drawn at three times its size, then averaged: no jaggies
+LINE = 20  # pixels from row to row in it
+
+
+# ---- Reading -------------------------------------------------------------------------------------
 
 
 def read_runs(folder):
@@ -25,7 +49,7 @@ def read_runs(folder):
         for log in sorted(logs, key=lambda log: (len(log.parts), log)):
             seed, *task = log.parent.relative_to(folder / row).parts
             if not seed.isdigit():
-                fail(f"{log} is not of ROW/SEED/, SEED a number; --compare looks for no other logs")
+                fail(f"{log} is not of ROW/SEED/, SEED a number; there must be no other logs")
             *_, last = data.read_log(log) or [{}]
             scores = [name for name in SCORES if name in last]
             if not scores:
@@ -63,44 +87,6 @@ def summary(rows, first):
     return found
 
 
-def compare(folder):
-    """Means over seeds, and differences to the first row in pairs of one seed: a table, a picture.
-
-    Pairs share what a seed fixes: the order of the images; between rows of one kind of mask, their
-    crops and the masks; between rows whose networks are the same, the weights at the start.
-    """
-    found = read_runs(folder)
-    if not found:
-        fail(f"{folder} has no results: --compare takes logs in {folder}/ROW/SEED/ and below")
-    results = {score: summary(rows, next(iter(rows))) for score, rows in found.items()}
-    say(
-        "mean +- standard error (runs); difference to the first row +- its own, * = above two of it"
-    )
-
-    def with_error(value, error, digits):
-        return f"{value:{digits}}" + ("" if error is None else f" +- {error:6.2g}")
-
-    for score, rows in results.items():
-        say(f"\n{score}")
-        for row, entry in rows.items():
-            text = with_error(entry["mean"], entry["error"], "8.4g")
-            text = f"{row:16} {text} ({len(entry['values'])})"
-            if "difference" in entry:
-                more, error = entry["difference"], entry["difference_error"]
-                text += "   " + with_error(more, error, "+8.3g")
-                text += " *" * (error is not None and abs(more) > 2 * error)
-            say(text)
-    charts = {}
-    for name, rows in found.items():
-        *task, score = name.split()
-        title = " ".join([*task, SCORES[score]])
-        charts[title] = {row: list(seeds.values()) for row, seeds in rows.items()}
-    with train.writing(folder):
-        (folder / "compare.json").write_text(json.dumps(results, indent=1) + "\n")
-        data.save_dots(folder / "compare.png", charts)
-    say(f"done: {folder}/compare.json, {folder}/compare.png")
-
-
 # ---- Picture -------------------------------------------------------------------------------------
 
 
@@ -112,51 +98,117 @@ def round_ticks(low, high):
     return [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def save_dots(path, charts, across=3):
+def save_dots(path, charts):
     """Write a PNG of values by row: a dot for each, and where there are two or more their mean, in
     a bar of one standard error to either side.
 
-    charts: {title: {row: [value, ...]}}, each chart with its own axis. across: charts in a row.
+    charts: {title: {row: [value, ...]}}, each chart with its own axis, three in a row.
     """
-    fine, width, line = 3, 260, 20  # drawn as in `save_charts`
     names = list(dict.fromkeys(name for rows in charts.values() for name in rows))
     left = 20 + int(max(map(ImageFont.load_default(size=11).getlength, names)))  # for the names
-    across, high = min(across, len(charts)), line * len(names) + 62
+    across, width, high = min(3, len(charts)), 260, LINE * len(names) + 62
     size = (left + width * across, high * math.ceil(len(charts) / across))
-    canvas = Image.new("RGB", tuple(fine * side for side in size), "white")
+    canvas = Image.new("RGB", tuple(FINE * side for side in size), "white")
     draw = ImageDraw.Draw(canvas)
-    big, small = (ImageFont.load_default(size=points * fine) for points in (14, 11))
+    lines = {}  # {row: (height of its line in a chart, colour)}
+    for number, name in enumerate(names):
+        colour = data.CURVE_COLOURS[number % len(data.CURVE_COLOURS)]
+        lines[name] = LINE * (number + 0.5) * FINE, colour
     for place, (title, rows) in enumerate(charts.items()):
-        x0, y0 = (left + place % across * width) * fine, (place // across * high + 34) * fine
-        x1, y1 = x0 + (width - 50) * fine, y0 + line * len(names) * fine
-        values = [value for row in rows.values() for value in row]
-        low, span = min(values), max(values) - min(values)
-        margin = span / 12 if span > 1e-5 * abs(low) else 0.5  # equal values: in the middle
-        low, span = low - margin, span + 2 * margin
-        draw.text((x0, y0 - 10 * fine), title, "black", big, anchor="ls")
-        for tick in round_ticks(low, low + span):
-            x = x0 + (x1 - x0) * (tick - low) / span
-            draw.line([(x, y0), (x, y1)], "#dddddd", fine)
-            draw.text((x, y1 + 4 * fine), f"{tick:.6g}", "#555555", small, anchor="mt")
-        for number, name in enumerate(names):
-            y, colour = (
-                y0 + line * (number + 0.5) * fine,
-                CURVE_COLOURS[number % len(CURVE_COLOURS)],
-            )
-            if place % across == 0:
-                draw.text((x0 - 10 * fine, y), name, colour, small, anchor="rm")
-            row = np.array(rows.get(name, []))
-            if len(row) > 1:
-                error = row.std(ddof=1) / len(row) ** 0.5
-                ends = [
-                    x0 + (x1 - x0) * (row.mean() + sign * error - low) / span for sign in (-1, 1)
-                ]
-                draw.rectangle([ends[0], y - 5 * fine, ends[1], y + 5 * fine], fill="#e2e2e2")
-                middle = sum(ends) / 2
-                draw.line([(middle, y - 5 * fine), (middle, y + 5 * fine)], colour, 2 * fine)
-            for value in row:
-                x, radius = x0 + (x1 - x0) * (value - low) / span, 3 * fine
-                draw.ellipse([x - radius, y - radius, x + radius, y + radius], colour)
-    canvas.reduce(fine).save(path)
+        x0, y0 = (left + place % across * width) * FINE, (place // across * high + 34) * FINE
+        if place % across == 0:
+            for name, (y, colour) in lines.items():
+                draw.text((x0 - 10 * FINE, y0 + y), name, colour, font(11), anchor="rm")
+        draw_chart(draw, title, rows, lines, x0, y0, x0 + (width - 50) * FINE)
+    canvas.reduce(FINE).save(path)
 
 
+def font(points):
+    """The font of so many points, in a picture drawn `FINE` times as large."""
+    return ImageFont.load_default(size=points * FINE)
+
+
+def draw_chart(draw, title, rows, lines, x0, y0, x1):
+    """One chart of `save_dots`, {row: [value, ...]}, between x0 and x1, from y0 downwards."""
+    y1 = y0 + LINE * len(lines) * FINE
+    values = [value for row in rows.values() for value in row]
+    low, span = min(values), max(values) - min(values)
+    margin = span / 12 if span > 1e-5 * abs(low) else 0.5  # equal values: in the middle
+    low, span = low - margin, span + 2 * margin
+
+    def x_of(value):
+        return x0 + (x1 - x0) * (value - low) / span
+
+    draw.text((x0, y0 - 10 * FINE), title, "black", font(14), anchor="ls")
+    for tick in round_ticks(low, low + span):
+        draw.line([(x_of(tick), y0), (x_of(tick), y1)], "#dddddd", FINE)
+        draw.text((x_of(tick), y1 + 4 * FINE), f"{tick:.6g}", "#555555", font(11), anchor="mt")
+    for name, row in rows.items():
+        y, colour = y0 + lines[name][0], lines[name][1]
+        top, bottom, radius = y - 5 * FINE, y + 5 * FINE, 3 * FINE
+        if len(row) > 1:
+            mean, error = mean_and_error(row)
+            start, end = x_of(mean - error), x_of(mean + error)
+            draw.rectangle([start, top, end, bottom], fill="#e2e2e2")
+            middle = (start + end) / 2
+            draw.line([(middle, top), (middle, bottom)], colour, 2 * FINE)
+        for x in map(x_of, row):
+            draw.ellipse([x - radius, y - radius, x + radius, y + radius], colour)
+
+
+# ---- Comparing -----------------------------------------------------------------------------------
+
+
+def compare(folder):
+    """Means over seeds, and differences to the first row in pairs of one seed: a table, a picture.
+
+    Pairs share what a seed fixes: the order of the images; between rows of one kind of mask, their
+    crops and the masks; between rows whose networks are the same, the weights at the start.
+    """
+    found = read_runs(folder)
+    if not found:
+        fail(f"{folder} has no results: there must be logs in {folder}/ROW/SEED/ and below")
+    results = {score: summary(rows, next(iter(rows))) for score, rows in found.items()}
+    print_table(results)
+    charts = {}
+    for name, rows in found.items():
+        *task, score = name.split()
+        title = " ".join([*task, SCORES[score]])
+        charts[title] = {row: list(seeds.values()) for row, seeds in rows.items()}
+    with train.writing(folder):
+        (folder / "compare.json").write_text(json.dumps(results, indent=1) + "\n")
+        save_dots(folder / "compare.png", charts)
+    say(f"done: {folder}/compare.json, {folder}/compare.png")
+
+
+def print_table(results):
+    """The table on the screen: a part for each score, a line for each row."""
+
+    def with_error(value, error, digits):
+        return f"{value:{digits}}" + ("" if error is None else f" +- {error:6.2g}")
+
+    says = "difference to the first row +- its own, * = above two of it"
+    say(f"mean +- standard error (runs); {says}")
+    for score, rows in results.items():
+        say(f"\n{score}")
+        for row, entry in rows.items():
+            text = with_error(entry["mean"], entry["error"], "8.4g")
+            text = f"{row:16} {text} ({len(entry['values'])})"
+            if "difference" in entry:
+                more, error = entry["difference"], entry["difference_error"]
+                text += "   " + with_error(more, error, "+8.3g")
+                text += " *" * (error is not None and abs(more) > 2 * error)
+            say(text)
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Compare several seeds of several losses.")
+    parser.add_argument("folder", type=Path, help="of runs ROW/SEED/")
+    compare(parser.parse_args(argv).folder)
+
+
+if __name__ == "__main__":
+    train.run_script(main)

@@ -1,65 +1,70 @@
-# ---- Inception -----------------------------------------------------------------------------------
+"""What autoencoders paint: Table 1 and Figures 2 and 3 of the paper.
+
+    python -m extras.reconstruct --checkpoint runs/mse/checkpoint.pt --data path/to/images
+    python -m extras.reconstruct --checkpoint runs/mse/checkpoint.pt runs/msg_gan_p/checkpoint.pt
+    torchrun --nproc_per_node=8 -m extras.reconstruct --checkpoint runs/mse/checkpoint.pt
+
+Takes checkpoints of train.py, and of extras/siblings.py's rows that paint. All of them see the same
+validation images under the same random masks. Two kinds of reconstruction are measured: "full", as
+predicted, and "pasted", its hidden part alone between the true visible patches (`losses.KINDS`).
+
+Writes to OUT: eval.json, with L1, PSNR, SSIM, IS and FID (Table 1), and pictures/:
+reconstruction.png (Figure 2), attention.png (Figure 3), and of several checkpoints
+attention_NAME.png each. IS and FID need a network's weights: published FIDs those of
+--inception-weights pt_inception-2015-12-05-6726825d.pth; torchvision's, the default, are
+downloaded. In order: where CLS looks, IS and FID, Inception, the measuring, the pictures.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models import Inception_V3_Weights, inception_v3
+from tqdm import tqdm
+
+import data
+import finetune
+import losses
+import model
+import train
+from train import fail, is_main, say
+
+SIZES = ("image_size", "patch_size", "mask_ratio")  # in which all checkpoints must agree
+GET = (
+    "give --inception-weights pt_inception-2015-12-05-6726825d.pth, a release of "
+    "github.com/mseitzer/pytorch-fid (fid_weights)"
+)
 
 
-class InceptionFeatures(nn.Module):
-    """torchvision's Inception v3 as FID and IS use it. To copy: needs torchvision too.
+# ---- Figure 3: where CLS looks -------------------------------------------------------------------
 
-    weights: {name: tensor}, either those with which published FIDs are computed, converted from
-    TensorFlow ("pt_inception-2015-12-05-6726825d.pth", 1008 classes), or torchvision's own (1000
-    classes); ValueError, naming what does not fit, for anything else. `published` says which.
-    The published network pools differently from torchvision's in nine blocks: averages leave the
-    padding out, and the last block takes a maximum.
+
+@torch.no_grad()
+def cls_attention(vit, images):
+    """Where CLS looks in the last block (paper, Figure 3): (B, heads, side, side).
+
+    vit: `model.ViT`. images: (B, 3, H, W) in [0, 1], nothing hidden. A map's values, with the
+    weight that CLS keeps for itself, add up to 1.
     """
-
-    def __init__(self, weights):
-        super().__init__()
-        from torchvision.models import inception_v3
-
-        shape = tuple(getattr(weights.get("fc.bias"), "shape", ()))
-        if shape not in ((1000,), (1008,)):
-            raise ValueError(f"fc.bias has shape {shape}, not (1008,) (published) or (1000,)")
-        classes = shape[0]
-        weights = {k: v for k, v in weights.items() if not str(k).startswith("AuxLogits")}
-        network = inception_v3(num_classes=classes, aux_logits=False, init_weights=False)
-        # Older files do not count batches; the count is of no use in evaluation.
-        counters = {k: v for k, v in network.state_dict().items() if "num_batches_tracked" in k}
-        weights = counters | weights
-        if faults := misfits(network, weights, most=3):
-            raise ValueError(faults)
-        network.load_state_dict(weights)
-        self.published = classes == 1008
-        if self.published:
-            average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
-            for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
-                self.pool_instead(getattr(network, f"Mixed_{name}"), average)
-            self.pool_instead(network.Mixed_7c, nn.MaxPool2d(3, stride=1, padding=1))
-        self.classify, network.fc = network.fc, nn.Identity()
-        self.network = network.eval().requires_grad_(False)
-
-    @staticmethod
-    def pool_instead(block, pool):
-        """Feed a block's `branch_pool` from `pool`, whatever torchvision's own code pools."""
-
-        def remember(block, inputs):
-            block.pooled = pool(inputs[0])
-
-        block.register_forward_pre_hook(remember)
-        block.branch_pool.register_forward_pre_hook(lambda *_: (block.pooled,))
-
-    def train(self, mode=True):
-        return super().train(False)  # a fixed ruler: never in training mode
-
-    def forward(self, images):
-        """Images (B, 3, H, W) in [0, 1] -> (features (B, 2048), logits (B, classes))."""
-        x = F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False)
-        features = self.network(2 * x - 1)
-        return features, self.classify(features)
+    last = vit.blocks[-1]
+    _, [x] = vit.encode(images, levels=[len(vit.blocks) - 1])  # what the last block takes
+    q, k, _ = last.attn.split(last.norm1(x))  # (B, heads, 1 + N, C / heads)
+    weights = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(dim=3)  # of all tokens
+    return weights[:, :, 0, 1:].unflatten(2, (vit.side, vit.side))
 
 
 # ---- IS and FID ----------------------------------------------------------------------------------
 
 
-def inception_sums(features, logits, split, splits=10):
+def inception_sums(features, logits, split, splits):
     """What IS and FID need of a batch, as sums to be added up over batches and processes.
 
     features: (B, C), pooled Inception features. logits: (B, K). split: (B,), to which of the
@@ -119,7 +124,153 @@ def frechet_distance(mean_x, cov_x, mean_y, cov_y):
     return distance.item()
 
 
-# ---- Pictures ------------------------------------------------------------------------------------
+# ---- Inception -----------------------------------------------------------------------------------
+
+
+class InceptionFeatures(nn.Module):
+    """torchvision's Inception v3 as FID and IS use it.
+
+    weights: {name: tensor}, either those with which published FIDs are computed, converted from
+    TensorFlow ("pt_inception-2015-12-05-6726825d.pth", 1008 classes), or torchvision's own (1000
+    classes); ValueError, naming what does not fit, for anything else. The published network pools
+    differently from torchvision's in nine blocks: averages leave the padding out, and the last
+    block takes a maximum.
+    """
+
+    def __init__(self, weights):
+        super().__init__()
+        shape = tuple(getattr(weights.get("fc.bias"), "shape", ()))
+        if shape not in ((1000,), (1008,)):
+            raise ValueError(f"fc.bias has shape {shape}, not (1008,) (published) or (1000,)")
+        classes = shape[0]
+        weights = {k: v for k, v in weights.items() if not str(k).startswith("AuxLogits")}
+        network = inception_v3(num_classes=classes, aux_logits=False, init_weights=False)
+        # Older files do not count batches; the count is of no use in evaluation.
+        counters = {k: v for k, v in network.state_dict().items() if "num_batches_tracked" in k}
+        weights = counters | weights
+        if faults := model.misfits(network, weights, most=3):
+            raise ValueError(faults)
+        network.load_state_dict(weights)
+        if classes == 1008:
+            average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+            for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
+                self.pool_instead(getattr(network, f"Mixed_{name}"), average)
+            self.pool_instead(network.Mixed_7c, nn.MaxPool2d(3, stride=1, padding=1))
+        self.classify, network.fc = network.fc, nn.Identity()
+        self.network = network.eval().requires_grad_(False)
+        self.sizes = (self.classify.in_features, self.classify.out_features)  # of what it returns
+
+    @staticmethod
+    def pool_instead(block, pool):
+        """Feed a block's `branch_pool` from `pool`, whatever torchvision's own code pools."""
+
+        def remember(block, inputs):
+            block.pooled = pool(inputs[0])
+
+        block.register_forward_pre_hook(remember)
+        block.branch_pool.register_forward_pre_hook(lambda *_: (block.pooled,))
+
+    def forward(self, images):
+        """Images (B, 3, H, W) in [0, 1] -> (features (B, 2048), logits (B, classes))."""
+        x = F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False)
+        features = self.network(2 * x - 1)
+        return features, self.classify(features)
+
+
+# ---- Measuring (Table 1) -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure(runs, val_set, inception, args, device):
+    """One pass over the images -> (totals, sums for IS and FID, unreadable images left out).
+
+    totals: {"images": number, (run's name, metric): sum}. sums: {(run's name, kind):
+    `inception_sums`}, ("real", "") for the originals; {} without Inception. Both over all
+    processes.
+    """
+    splits = min(10, len(val_set))  # of IS
+    totals = {"images": 0} | {(name, metric): 0 for name in runs for metric in losses.METRICS}
+    sums, unread, found = {}, [], {}
+    if inception is not None:  # sums of no images, so that every process has them all
+        nothing = [torch.zeros(0, n, device=device) for n in inception.sizes]
+        nothing.append(torch.zeros(0, dtype=torch.long, device=device))
+        for key in [("real", ""), *((name, kind) for name in runs for kind in losses.KINDS)]:
+            sums[key] = inception_sums(*nothing, splits)
+
+    def count(name, kind, images, split):
+        if inception is not None:
+            for key, value in inception_sums(*inception(images), split, splits).items():
+                sums[name, kind][key] += value
+
+    indices = torch.arange(train.rank(), len(val_set), train.world_size())
+    loader, done = finetune.shard(val_set, args), 0
+    hidden_bar = None if is_main() else True  # None: on a terminal alone
+    for images, mask_noise, _, bad in tqdm(loader, disable=hidden_bar, unit="batches"):
+        index = indices[done : done + len(images)]
+        done += len(images)
+        found |= dict(bad)
+        kept = finetune.readable(index, bad)
+        if not kept.any():
+            continue
+        split = (index[kept] * splits // len(val_set)).to(device)
+        real, mask_noise = data.to_float(images[kept].to(device)), mask_noise[kept].to(device)
+        totals["images"] += len(real)
+        count("real", "", real, split)
+        for name, run in runs.items():
+            fake, hidden = train.reconstruct(run, real, mask_noise, run.args)
+            values, fakes = losses.image_quality(fake, real, hidden)
+            for metric, value in values.items():
+                totals[name, metric] += value
+            for kind, fake in fakes.items():
+                count(name, kind, fake, split)
+    train.note_bad_images(found, unread, val_set, fate="left out")
+    if dist.is_initialized():
+        for tensor in (tensor for part in sums.values() for tensor in part.values()):
+            dist.all_reduce(tensor)
+    return train.sum_over_processes(totals, device), sums, len(unread)
+
+
+def as_results(runs, totals, sums):
+    """What `measure` returned -> {"real" (with Inception) or run's name: {metric: mean}}."""
+    count = totals["images"]
+    results = ({"real": {}} if sums else {}) | {
+        name: {metric: totals[name, metric] / count for metric in losses.METRICS} for name in runs
+    }
+    for (name, kind), part in sums.items():
+        end = f"_{kind}" if kind else ""
+        results[name]["is" + end], results[name]["is_std" + end] = inception_score(part)
+        if kind and count > 1:
+            of_real = mean_and_covariance(sums["real", ""])
+            results[name]["fid" + end] = frechet_distance(*mean_and_covariance(part), *of_real)
+    return results
+
+
+def print_table(results, count):
+    """Table 1 on the screen: a line for each checkpoint and kind of reconstruction."""
+    width = max(map(len, ["original", *results]))
+
+    def line(name, kind, pixels, row):
+        end = f"_{kind}" if kind else ""
+        score = distance = "-"
+        if "is" + end in row:
+            score = f"{row['is' + end]:.2f} +- {row['is_std' + end]:.2f}"
+        if "fid" + end in row:
+            distance = f"{row['fid' + end]:.2f}"
+        say(f"{name:{width}}  {kind:6}  {pixels:20}  {score:>15}  {distance:>8}")
+
+    say(f"{count} images; L1 of pixels in [0, 1], PSNR in dB")
+    say(f"{'':{width}}              L1   PSNR   SSIM               IS       FID")
+    for name, row in results.items():
+        if name == "real":
+            line("original", "", "", row)
+            continue
+        for kind in losses.KINDS:
+            l1, decibels, similarity = (row[f"{m}_{kind}"] for m in ("l1", "psnr", "ssim"))
+            pixels = f"{l1:.4f}  {decibels:5.2f}  {similarity:.3f}"
+            line(name if kind == losses.KINDS[0] else "", kind, pixels, row)
+
+
+# ---- Pictures (Figures 2 and 3) ------------------------------------------------------------------
 
 
 HEAT_COLOURS = ((5, 3, 25), (85, 20, 110), (190, 55, 85), (248, 145, 30), (252, 250, 180))
@@ -135,56 +286,113 @@ def heat(maps):
     return mixed.transpose(0, 1)
 
 
-# ---- Reconstructions -----------------------------------------------------------------------------
+def draw_figures(folder, runs, val_set, device):
+    """Figures 2 and 3 of the first eight images, as PNG files.
+
+    reconstruction.png: a column for each checkpoint, its hidden part pasted into the visible
+    patches (PAPER SILENT: whether Figure 2's are; MSE trains nothing else). attention.png: the
+    last layer's attention of CLS, each head and their mean; of several checkpoints the means side
+    by side, and the heads in attention_NAME.png each.
+    """
+    images, mask_noise = data.collate([val_set[0, i] for i in range(min(8, len(val_set)))])[:2]
+    real, mask_noise = data.to_float(images.to(device)), mask_noise.to(device)
+    figure_2, figure_3 = {"original": real}, {"original": real}
+    for name, run in runs.items():
+        fake, hidden = train.reconstruct(run, real, mask_noise, run.args)
+        figure_2["masked"] = data.grey_out(real, hidden)
+        figure_2[name] = torch.where(hidden > 0, fake, real)
+        maps = cls_attention(run.network, real).cpu()  # (B, heads, side, side)
+        heads = {f"head {n + 1}": heat(maps[:, n]) for n in range(maps.shape[1])}
+        figure_3[name] = mean = heat(maps.mean(dim=1))
+        end = "" if len(runs) == 1 else "_" + re.sub(r"\W+", "_", name).strip("_")
+        columns = {"original": real, "mean of heads": mean} | heads
+        data.save_picture(folder / f"attention{end}.png", columns)
+    data.save_picture(folder / "reconstruction.png", figure_2)
+    if len(runs) > 1:
+        data.save_picture(folder / "attention.png", figure_3)
+
+
+# ---- Checkpoints and weights ---------------------------------------------------------------------
+
+
+def open_autoencoder(path, dtype, device):
+    """A checkpoint -> run, as `train.reconstruct` takes it, with name, path and network.
+
+    run: mae, autocast, args. network: the `model.ViT` that is in the checkpoint; mae: a function
+    that paints with it, of the arguments of `MAE.forward`.
+    """
+    with train.refusals():
+        checkpoint = model.load_file(path, "a checkpoint of train.py")
+    is_sibling = train.made_by("extras/siblings.py", checkpoint, "mae")
+    if not is_sibling and not train.made_by("train.py", checkpoint, "mae"):
+        fail(f"{path} is not a checkpoint of train.py: reconstructions need its decoder")
+    own = argparse.Namespace(**checkpoint["arguments"])
+    name = own.loss
+    if is_sibling:
+        from extras import siblings
+
+        if own.loss not in siblings.PAINTS:
+            fail(
+                f"{path} is of --loss {own.loss}, which paints nothing: see finetune.py, --task knn"
+            )
+        network = siblings.build_network(own)
+        mae = partial(siblings.paint, network)
+    else:
+        network = mae = train.build_autoencoder(own)
+        if own.arch != losses.LOSSES[own.loss]["arch"]:
+            name += f" ({own.arch})"
+    if own.norm_pix_loss:
+        name += " (true contrast)"  # see `train.reconstruct`
+    with train.refusals():
+        model.load_whole(network, checkpoint["mae"], path)
+    network.to(device).eval()
+    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
+    run = SimpleNamespace(mae=mae, autocast=autocast, args=own)
+    run.name, run.path, run.network = name, path, network
+    return run
 
 
 def open_autoencoders(args, device):
-    """--checkpoint's autoencoders -> ({name of the row: run}, args with what they settle).
+    """--checkpoint's autoencoders -> ({name: run}, args with what they settle).
 
-    run: mae, device, dtype and its autocast, its own args, path. Sizes must agree; the seed is the
-    first checkpoint's.
+    `SIZES` must agree; the seed is the first checkpoint's.
     """
-    runs, first = {}, None
-    sizes = ("image_size", "patch_size", "mask_ratio")
-    for path in args.checkpoints:
-        with train.refusals():
-            checkpoint = model.load_file(path, "a checkpoint of train.py")
-        if not train.made_by("train.py", checkpoint, "mae"):
-            fail(f"{path} is not a checkpoint of train.py: reconstructions need its decoder")
-        own = argparse.Namespace(**checkpoint["arguments"])
-        first = first or own
-        for what in sizes:
-            flag, here = "--" + what.replace("_", "-"), getattr(own, what)
-            if here != getattr(first, what):
-                there = getattr(first, what)
-                fail(f"{path} has {flag} {here}, {args.checkpoint} {there}: evaluate them apart")
-            if getattr(args, what, None) not in (None, here):
-                fail(f"{path} has {flag} {here}, not {getattr(args, what)}; leave {flag} off")
-        if not losses.LOSSES[own.loss]["pixel"]:
-            fail(f"{path} is of --loss {own.loss}, which paints nothing: see --task knn, linear")
-        mae = train.build_autoencoder(own)
-        with train.refusals():
-            model.load_whole(mae, checkpoint["mae"], path)
-        name = own.loss
-        if own.arch != losses.LOSSES[own.loss]["arch"]:
-            name += f" ({own.arch})"
-        if own.norm_pix_loss:
-            name += " (true contrast)"  # see train.py's `reconstruct`
-        if name in runs:
-            name += f" {len(runs) + 1}"
-        dtype, mae = train.choose_precision(args.amp, device), mae.to(device).eval()
-        runs[name] = SimpleNamespace(mae=mae, device=device, dtype=dtype, args=own, path=path)
-        on = dtype is not None
-        runs[name].autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=on)
-    settled = {what: getattr(first, what) for what in (*sizes, "seed")}
+    runs, first, dtype = {}, None, train.choose_precision(args.amp, device)
+    for path in args.checkpoint:
+        run = open_autoencoder(path, dtype, device)
+        first = first or run
+        for what in SIZES:
+            here, there = getattr(run.args, what), getattr(first.args, what)
+            if here != there:
+                flag = "--" + what.replace("_", "-")
+                fail(f"{path} has {flag} {here}, {first.path} {there}: evaluate them apart")
+        runs[f"{run.name} {len(runs) + 1}" if run.name in runs else run.name] = run
+    settled = {what: getattr(first.args, what) for what in (*SIZES, "seed")}
     return runs, argparse.Namespace(**vars(args) | settled)
+
+
+def build_data(runs, args):
+    """The validation set, with the masks of args.seed; status 2 if checkpoints held out others."""
+    _, source = train.open_data(args, args.image_size)
+    seeds = {run.args.seed for run in runs.values()}
+    if len(seeds) > 1 and getattr(source, "held_out", False):
+        fail(
+            f"the checkpoints held out different images (seeds {seeds}): evaluate them apart, or "
+            f"put validation images into {args.data}/val"
+        )
+    return data.PretrainSet(
+        source,
+        augment=False,
+        limit=args.val_images,
+        image_size=args.image_size,
+        num_patches=(args.image_size // args.patch_size) ** 2,
+        seed=args.seed,
+    )
 
 
 def load_inception(args, device):
     """-> (`InceptionFeatures` or None, what it is or why there is none)."""
     source = args.inception_weights
-    get = "give --inception-weights pt_inception-2015-12-05-6726825d.pth, a release of "
-    get += "github.com/mseitzer/pytorch-fid (fid_weights)"
     if source == "none":
         return None, "none, so neither IS nor FID"
     if source == "torchvision":
@@ -198,179 +406,107 @@ def load_inception(args, device):
             reason = error
         if train.sum_over_processes({"missing": weights is None}, device)["missing"]:
             why = reason or "on another process"
-            return None, f"none, so neither IS nor FID (cannot be downloaded: {why}); {get}"
-        what = f"torchvision's, not those of published FIDs; for these {get}"
+            return None, f"none, so neither IS nor FID (cannot be downloaded: {why}); {GET}"
+        what = f"torchvision's, not those of published FIDs; for these {GET}"
     else:
         with train.refusals():
             weights = model.load_file(source, "a file of Inception weights")
         digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()
         what = f"{source}, those of published FIDs"
         if not digest.startswith("6726825d"):
-            what = f"{source}, not the file of published FIDs; for these {get}"
+            what = f"{source}, not the file of published FIDs; for these {GET}"
     try:
-        inception = model.InceptionFeatures(weights)
+        inception = InceptionFeatures(weights)
     except ValueError as error:
-        fail(f"{source} is not a file of Inception weights: {error}; {get}")
+        fail(f"{source} is not a file of Inception weights: {error}; {GET}")
     return inception.to(device), what
 
 
-@torch.no_grad()
-def measure_reconstructions(args, device):
+# ---- Command line --------------------------------------------------------------------------------
+
+
+def build_parser():
+    """Every flag; `--help` is the manual."""
+    parser = argparse.ArgumentParser(
+        description="Measure and draw what autoencoders paint.",
+        usage="python -m extras.reconstruct --checkpoint FILE [MORE ...] [--data PATH|shapes|"
+        "shapes-large|cifar10] [flags]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="of train.py, or of extras/siblings.py's rows that paint; image size, patch size, "
+        "mask ratio and seed are its",
+    )
+    data_flag, _, workers = train.DATA_FLAGS
+    batch_size, *_ = train.BATCH_FLAGS
+    amp, *_ = train.RUN_FLAGS
+    train.add_flags(
+        parser,
+        "what to measure, and how",
+        data_flag,
+        ("--val-images", train.COUNT, None, "measure on so many; None = all"),
+        (
+            "--inception-weights",
+            str,
+            "torchvision",
+            "of IS and FID: FILE, torchvision (downloads its own) or none; published FIDs: "
+            "pt_inception-2015-12-05-6726825d.pth",
+        ),
+        ("--out", str, None, "folder to write; None = reconstruct/ beside the first checkpoint"),
+        workers,
+        batch_size,
+        amp,
+    )
+    return parser
+
+
+def parse_args(argv=None):
+    """Command line -> namespace, complete but for what the checkpoints settle."""
+    args = build_parser().parse_args(argv)
+    args.out = args.out or str(Path(args.checkpoint[0]).parent / "reconstruct")
+    return args
+
+
+# ---- Main ----------------------------------------------------------------------------------------
+
+
+def measure_and_draw(args, device):
     """Table 1 and Figures 2 and 3 of --checkpoint's autoencoders, on the whole validation set.
 
-    The same random masks for all, also for `boot_mae`, whose log has the PSNR of masks in blocks.
+    The same random masks for all, also for siblings that trained with others.
     """
     runs, args = open_autoencoders(args, device)
     out = Path(args.out)
     with train.writing(out):
         (out / "pictures").mkdir(parents=True, exist_ok=True)
-    _, source = train.open_data(args, args.image_size)
-    patches = (args.image_size // args.patch_size) ** 2
-    common = dict(image_size=args.image_size, num_patches=patches, seed=args.seed)
-    val_set = data.PretrainSet(source, augment=False, limit=args.val_images, **common)
-    seeds = {run.args.seed for run in runs.values()}
-    if len(seeds) > 1 and getattr(source, "held_out", False):
-        fail(
-            f"the checkpoints held out different images (seeds {seeds}): evaluate them apart, or "
-            f"put validation images into {args.data}/val"
-        )
+    val_set = build_data(runs, args)
     inception, what = load_inception(args, device)
     say(f"Inception weights: {what}")
     totals, sums, unread = measure(runs, val_set, inception, args, device)
     if not is_main():  # the sums are all processes', what follows is not shared
         return
-
-    count = totals.pop("images")
-    results = {"real": {}} if inception else {}
-    results |= {name: {} for name in runs}
-    for (name, metric), total in totals.items():
-        results[name][metric] = total / count
-    for (name, kind), part in sums.items():
-        end = f"_{kind}" if kind else ""
-        results[name]["is" + end], results[name]["is_std" + end] = losses.inception_score(part)
-        if kind and count > 1:
-            both = (
-                *losses.mean_and_covariance(part),
-                *losses.mean_and_covariance(sums["real", ""]),
-            )
-            results[name]["fid" + end] = losses.frechet_distance(*both)
-    about = {"data": args.data, "images": int(count), "unreadable": unread}
-    about |= {k: getattr(args, k) for k in ("image_size", "patch_size", "mask_ratio", "seed")}
-    about |= {"inception": what, "checkpoints": {name: str(r.path) for name, r in runs.items()}}
+    count, results = int(totals["images"]), as_results(runs, totals, sums)
+    about = {"data": args.data, "images": count, "unreadable": unread}
+    about |= {k: getattr(args, k) for k in (*SIZES, "seed")}
+    about |= {"inception": what, "checkpoints": {name: run.path for name, run in runs.items()}}
     with train.writing(out):
         text = json.dumps(about | {"results": results}, indent=1)
         (out / "eval.json").write_text(text + "\n")
         draw_figures(out / "pictures", runs, val_set, device)
-    print_table(results, runs, int(count))
+    print_table(results, count)
     say(f"done: {out}/eval.json, {out}/pictures/")
 
 
-def measure(runs, val_set, inception, args, device):
-    """One pass over the images -> (totals, sums for IS and FID, unreadable images left out).
-
-    totals: {"images": number, (run's name, metric): sum}. sums: {(run's name, kind):
-    `inception_sums`}, ("real", "") for the originals. Both over all processes.
-    """
-    splits = min(10, len(val_set))  # of IS
-    totals = {"images": 0} | {(name, metric): 0 for name in runs for metric in losses.METRICS}
-    sums, unread, found = {}, [], {}
-
-    def count_features(name, kind, images, split):
-        if inception is None:
-            return
-        features, logits = inception(images)
-        for key, value in losses.inception_sums(features, logits, split, splits).items():
-            sums[name, kind][key] += value
-
-    if inception is not None:  # sums of no images, so that every process has them all
-        features = torch.zeros(0, inception.classify.in_features, device=device)
-        logits = torch.zeros(0, inception.classify.out_features, device=device)
-        for name, kind in [("real", ""), *((name, kind) for name in runs for kind in losses.KINDS)]:
-            nothing = torch.zeros(0, dtype=torch.long, device=device)
-            sums[name, kind] = losses.inception_sums(features, logits, nothing, splits)
-    rank = train.rank()
-    indices = torch.arange(rank, len(val_set), train.world_size())
-    loader, done = shard(val_set, args), 0
-    for images, mask_noise, _, bad in tqdm(
-        loader, disable=None if is_main() else True, unit="batches"
-    ):
-        index = indices[done : done + len(images)]
-        done += len(images)
-        found |= dict(bad)
-        kept = readable(index, bad)
-        split = (index[kept] * splits // len(val_set)).to(device)
-        real = data.to_float(images[kept].to(device))
-        if not len(real):
-            continue
-        totals["images"] += len(real)
-        count_features("real", "", real, split)
-        for name, run in runs.items():
-            fake, hidden = train.reconstruct(run, real, mask_noise[kept].to(device), run.args)
-            values, fakes = losses.image_quality(fake, real, hidden)
-            for metric, value in values.items():
-                totals[name, metric] += value
-            for kind, fake in fakes.items():
-                count_features(name, kind, fake, split)
-    train.note_bad_images(found, unread, val_set, fate="left out")
-    if dist.is_initialized():
-        for part in sums.values():
-            for tensor in part.values():
-                dist.all_reduce(tensor)
-    return train.sum_over_processes(totals, device), sums, len(unread)
+def main(argv=None):
+    args = parse_args(argv)
+    device = train.start_processes()
+    measure_and_draw(args, device)
+    train.stop_processes()
 
 
-def print_table(results, runs, count):
-    """Table 1 on the screen: a line for each checkpoint and kind of reconstruction."""
-    width = max(len(name) for name in [*runs, "original"])
-
-    def line(name, kind, pixels, row):
-        end = f"_{kind}" if kind else ""
-        score = distance = "-"
-        if "is" + end in row:
-            score = f"{row['is' + end]:.2f} +- {row['is_std' + end]:.2f}"
-        if "fid" + end in row:
-            distance = f"{row['fid' + end]:.2f}"
-        say(f"{name:{width}}  {kind:6}  {pixels:20}  {score:>15}  {distance:>8}")
-
-    say(f"{count} images; L1 of pixels in [0, 1], PSNR in dB")
-    say(f"{'':{width}}              L1   PSNR   SSIM               IS       FID")
-    if "real" in results:
-        line("original", "", "", results["real"])
-    for name in runs:
-        for kind in losses.KINDS:
-            l1, decibels, similarity = (
-                results[name][f"{m}_{kind}"] for m in ("l1", "psnr", "ssim")
-            )
-            pixels = f"{l1:.4f}  {decibels:5.2f}  {similarity:.3f}"
-            line(name if kind == losses.KINDS[0] else "", kind, pixels, results[name])
-
-
-def draw_figures(folder, runs, val_set, device, rows=8):
-    """Figures 2 and 3 of the first images, and every checkpoint's curves, as PNG files.
-
-    reconstruction.png: a column for each checkpoint, its hidden part pasted into the visible
-    patches (PAPER SILENT: whether Figure 2's are; MSE trains nothing else). attention.png: the
-    last layer's attention of CLS, each head and their mean; of several checkpoints the means side
-    by side, and the heads in attention_NAME.png each.
-    """
-    images, mask_noise = data.collate([val_set[0, i] for i in range(min(rows, len(val_set)))])[:2]
-    real, mask_noise = data.to_float(images.to(device)), mask_noise.to(device)
-    figure_2, figure_3 = {"original": real}, {"original": real}
-    for name, run in runs.items():
-        fake, hidden = train.reconstruct(run, real, mask_noise, run.args)
-        figure_2["masked"] = data.grey_out(real, hidden)
-        figure_2[name] = torch.where(hidden > 0, fake, real)
-        maps = run.mae.cls_attention(real).cpu()  # (B, heads, side, side)
-        heads = {f"head {n + 1}": data.heat(maps[:, n]) for n in range(maps.shape[1])}
-        mean = data.heat(maps.mean(dim=1))
-        figure_3[name] = mean
-        end = "" if len(runs) == 1 else "_" + re.sub(r"\W+", "_", name).strip("_")
-        data.save_picture(
-            folder / f"attention{end}.png", {"original": real, "mean of heads": mean} | heads
-        )
-        data.draw_curves(folder / f"curves{end}.png", Path(run.path).parent / "log.jsonl")
-    data.save_picture(folder / "reconstruction.png", figure_2)
-    if len(runs) > 1:
-        data.save_picture(folder / "attention.png", figure_3)
-
-
+if __name__ == "__main__":
+    train.run_script(main)
