@@ -2008,7 +2008,6 @@ def test_every_row_stopped_in_mid_epoch_continues_bit_for_bit():
             same_weights(root / "once", root / "twice")
 
 
-CKA = ["--task", "cka", "--data", "shapes", "--workers", "0"]
 
 
 def test_a_run_within_an_epoch_keeps_its_batch_and_steps_count_from_the_start():

@@ -140,6 +140,7 @@ def time_sibling(loss, flags, count, device):
         teacher = model.build_mae(args.model, args.image_size, args.patch_size).state_dict()
         torch.save(teacher, stand_in)
         run = siblings.build_run(args, device)
+    run.epoch = 1  # says how much a teacher moves
     batch = random_batch(args, siblings.SIBLINGS[loss]["views"])
     seconds = time_tuning(run, batch, count, args)
     report(run, seconds, args, loss=loss, parameters_g=parameters(run.network), parameters_d=0)

@@ -1,3 +1,5 @@
+"""Tests of extras/siblings.py and cka.py."""
+
 import atexit
 import contextlib
 import functools
@@ -20,7 +22,25 @@ import losses
 import model
 import train
 from extras import cka, siblings
-from test_smoke import *  # noqa: F403
+from test_smoke import (
+    PROBE,
+    RANDOM,
+    close,
+    command,
+    finish,
+    gradients,
+    kept_in,
+    launch_pair,
+    log_of,
+    opened_run,
+    refused,
+    same_weights,
+    save_autoencoder,
+    scratch,
+    tiny_batch,
+    tiny_run,
+    write_folder,
+)
 
 # ---- Siblings ------------------------------------------------------------------------------------
 
@@ -419,7 +439,7 @@ def test_siblings_run_from_their_name_and_their_encoders_are_measured():
         sibling_refused(*flags, *few, names=["--teacher", "mae.pth (now"])
         c_mae = [*SIBLING, "--loss", "c_mae"]
         sibling_refused(*c_mae, "--batch-size", 1, names=["--batch-size 1", "c_mae"])
-        sibling_refused(*c_mae, "--norm-pix-loss", names=["c_mae", "paints nothing"])
+        sibling_refused(*c_mae, "--norm-pix-loss", names=["c_mae", "rows that paint"])
         other = [*SIBLING, "--loss", "r_mae", "--out", root / "r_mae", "--second", "whole"]
         sibling_refused(*other, "--limit-images", 8, names=["--second complement (now whole)"])
 
