@@ -1,4 +1,33 @@
-# ---- Pyramid -------------------------------------------------------------------------------------
+"""What detection and segmentation share (paper, Table 3): pyramid of a ViT, samples, flags.
+
+No script: these are extras/detect.py and extras/segment.py, which train by finetune.py's
+`train_network`. In order: the pyramid under their heads (supplement A.2); images as squares, and
+random views; sets of samples; pictures; what trains; the command line.
+
+To copy `FeaturePyramid`: needs model.py's `ViT`.
+"""
+
+import argparse
+import math
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+import data
+import finetune
+import model
+import train
+from train import fail
+
+# ---- Pyramid (supplement A.2) --------------------------------------------------------------------
 
 
 def group_norm(channels):
@@ -65,47 +94,7 @@ class FeaturePyramid(nn.Module):
         return [*below, norm + top]
 
 
-# ---- Samples -------------------------------------------------------------------------------------
-
-
-class ShapeScenes(Dataset):
-    """`Shapes` with its objects or its class maps, in the manner of `CocoScenes`, `AdeScenes`."""
-
-    def __init__(self, shapes, task):
-        self.shapes, self.image_ids = shapes, range(len(shapes))
-        self.target = shapes.detection if task == "detect" else shapes.segmentation
-        self.classes = [*shapes.classes] if task == "detect" else ["background", *shapes.classes]
-        self.category_ids = range(1, len(self.classes) + 1)
-
-    def __len__(self):
-        return len(self.shapes)
-
-    def __getitem__(self, i):
-        return self.shapes[i][0], self.target(i)
-
-
-def open_scenes(data, task, *, image_size, parts=("train", "val")):
-    """Sources for `--data` and a task, "detect" or "segment": one for each of `parts`.
-
-    data: "shapes", "shapes-large" (drawn, image_size pixels wide), or a folder: COCO's layout for
-    detection, ADE20K's for segmentation. parts: of "train" and "val". ValueError says what is wrong
-    and what to do.
-    """
-    if data in DRAWN:
-        return [ShapeScenes(DRAWN[data](part, image_size), task) for part in parts]
-    if not Path(data).is_dir():
-        what = "is not a folder" if Path(data).exists() else "does not exist"
-        raise ValueError(f"--data {data} {what}; give a folder, or --data shapes (drawn here)")
-    if task == "detect":
-        sources = [CocoScenes(data, part) for part in parts]
-    else:
-        names = {"train": "training", "val": "validation"}
-        sources = [AdeScenes(data, names[part]) for part in parts]
-    check_classes(sources[0].classes, sources[-1].classes, ("train", "val"))
-    for source in sources:  # what is wrong everywhere is told now; a torn file, by the loader
-        with suppress(OSError, SyntaxError, IndexError):
-            source[0]
-    return sources
+# ---- Images and maps as squares ------------------------------------------------------------------
 
 
 class Letterbox(NamedTuple):
@@ -136,7 +125,7 @@ def letterbox(image, size):
     height, width = image.shape[1:]
     rows, columns = (max(1, round(side * size / max(height, width))) for side in (height, width))
     image = v2.functional.resize(image, [rows, columns], antialias=True)
-    return on_canvas(image, size, MEAN_COLOUR), Letterbox(height, width, rows, columns)
+    return on_canvas(image, size, data.MEAN_COLOUR), Letterbox(height, width, rows, columns)
 
 
 def boxes_to_image(boxes, place):
@@ -150,7 +139,7 @@ def maps_to_image(maps, place):
     """Maps (C, S, S), float, of a letterbox (logits, say) -> (C, H, W) of its image, bilinear."""
     maps = maps[None, :, : place.rows, : place.columns]
     size = (place.height, place.width)
-    return torch.nn.functional.interpolate(maps, size, mode="bilinear", align_corners=False)[0]
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)[0]
 
 
 def random_view(image, maps, *, size, ratio, fill):
@@ -173,7 +162,8 @@ def random_view(image, maps, *, size, ratio, fill):
     (top, height, rows), (left, width, columns) = spans
     mirrored, views = torch.rand(()) < 0.5, []
     exact = v2.InterpolationMode.NEAREST_EXACT
-    for x, mode, rest in ((image, v2.InterpolationMode.BILINEAR, MEAN_COLOUR), (maps, exact, fill)):
+    smooth = v2.InterpolationMode.BILINEAR
+    for x, mode, rest in ((image, smooth, data.MEAN_COLOUR), (maps, exact, fill)):
         x = v2.functional.crop(x, top, left, height, width)
         if len(x):
             x = v2.functional.resize(x, [rows, columns], interpolation=mode, antialias=True)
@@ -183,85 +173,136 @@ def random_view(image, maps, *, size, ratio, fill):
     return views
 
 
-class DenseSet(PretrainSet):
-    """Samples for detection and segmentation: `set[(epoch, index)]` is (image, target, seed, bad).
+# ---- Samples -------------------------------------------------------------------------------------
 
-    As `LabelledSet`, image uint8 (3, S, S), with a target in the label's place. Training: for
-    detection the view's objects, {"boxes" (N, 4), "labels" (N,), "masks" (N, S, S) bool}, as
-    torchvision wants them, boxes drawn around what is left of the masks, groups (crowd) left out;
-    for segmentation the view's class map, (S, S) uint8. Evaluation (augment=False): a dict of all
-    that the source gives, in the image's own pixels, under "map" for segmentation, with "letterbox"
-    (see `boxes_to_image`), "index" (of the source), and with slide=True "whole", the image with its
-    shorter side resized to S, (3, h, w); None in place of an unreadable image's, "do not count",
-    whatever the picture beside it.
 
-    PAPER SILENT: augmentation, for both tasks. Detection: scale jitter of .1 to 2, crops, flips, as
-    in Li et al. 2021 and ViTDet. Segmentation: shorter side S times .5 to 2, crops, flips, colours,
-    as in MMSegmentation, but no second try where one class fills a crop.
+def owners(scene, size):
+    """Which object of a scene each pixel shows, the nearest that covers half of it.
+
+    scene: as `data.Shapes.scene` gives it. Returns (size, size) int64, -1 where none does.
+    """
+    shown = torch.full((size, size), -1)
+    for number, obj in enumerate(scene):
+        shown[torch.from_numpy(data.coverage(obj, size)) >= 0.5] = number
+    return shown
+
+
+class ShapeScenes(Dataset):
+    """`data.Shapes` with targets: `scenes[i]` is (PIL image, target), as the readers of files give.
+
+    target: function of (shapes, i). classes: their names. image_ids, category_ids: see `CocoScenes`
+    of extras/detect.py.
+    """
+
+    def __init__(self, shapes, target, classes):
+        self.shapes, self.target, self.classes = shapes, target, list(classes)
+        self.image_ids, self.category_ids = range(len(shapes)), range(1, len(classes) + 1)
+
+    def __len__(self):
+        return len(self.shapes)
+
+    def __getitem__(self, i):
+        return self.shapes[i][0], self.target(self.shapes, i)
+
+
+def open_scenes(open_source, path, image_size, parts=("train", "val")):
+    """Sources of `--data path`, one for each of `parts`; ValueError: what is wrong, what to do.
+
+    open_source: a script's function of (path, part, image_size). path: "shapes", "shapes-large"
+    (drawn, image_size pixels wide), or a folder.
+    """
+    if path not in data.DRAWN and not Path(path).is_dir():
+        what = "is not a folder" if Path(path).exists() else "does not exist"
+        raise ValueError(f"--data {path} {what}; give a folder, or --data shapes (drawn here)")
+    sources = [open_source(path, part, image_size) for part in parts]
+    data.check_classes(sources[0].classes, sources[-1].classes, ("train", "val"))
+    for source in sources:  # what is wrong everywhere is told now; a torn file, by the loader
+        with suppress(OSError, SyntaxError, IndexError):
+            source[0]
+    return sources
+
+
+class DenseSet(data.PretrainSet):
+    """Samples of a dense task: `set[(epoch, index)]` is (image, target, seed, bad).
+
+    As `data.LabelledSet`, image uint8 (3, S, S), with a target in the label's place. Training: that
+    of a random view. Evaluation (augment=False): a dict of all that the source gives, in the
+    image's own pixels, with "letterbox" (see `boxes_to_image`) and "index" (of the source); None in
+    place of an unreadable image's, "do not count", whatever the picture beside it.
+
+    A task's own set says how a view's target is made (`random_sample`), and what a target with
+    nothing in it is (`companion`).
     """
 
     def __init__(
         self,
-        source,  # `CocoScenes`, `AdeScenes` or `ShapeScenes`
+        source,  # dataset of (PIL image, target)
         indices,  # which of its images
         *,
         image_size,  # S, pixels
         seed,  # run's seed
-        task,  # "detect" or "segment"
+        scales,  # (smallest, largest) enlargement in training
         augment=True,  # False: the whole image, letterboxed
-        scales=None,  # (smallest, largest) enlargement, 1 = the image fits (detect) or fills S
-        slide=False,  # evaluation is to slide windows over whole images
     ):
         super().__init__(source, image_size=image_size, num_patches=0, seed=seed, augment=augment)
-        self.indices, self.task, self.slide = list(indices), task, slide
-        self.scales = scales or ((0.1, 2.0) if task == "detect" else (0.5, 2.0))
-        self.distort = v2.ColorJitter(32 / 255, 0.5, 0.5, 18 / 360)  # MMSegmentation's strengths
-
-    def companion(self, index):
-        """A target with nothing in it."""
-        size = self.image_size
-        if self.task == "segment":
-            return torch.full((size, size), IGNORED, dtype=torch.uint8)
-        return objects_in(torch.zeros(0, size, size), torch.zeros(0, dtype=torch.int64))
+        self.indices, self.scales = list(indices), scales
 
     def sample(self, index):
         """(image, target) of an image; draws from torch's global generator."""
-        index, size = self.indices[index], self.image_size
+        index, (low, high) = self.indices[index], self.scales
         image, target = self.source[index]
-        image = v2.functional.pil_to_tensor(to_rgb(image))
-        if not self.augment:
-            target = target if self.task == "detect" else {"map": target}
-            if self.slide:
-                target |= {"whole": v2.functional.resize(image, [size], antialias=True)}
-            image, place = letterbox(image, size)
-            return image, target | {"letterbox": place, "index": index}
-        low, high = self.scales
-        jitter = low + (high - low) * torch.rand(()).item()
-        view = functools.partial(random_view, image, size=size)
-        if self.task == "segment":
-            ratio = jitter * size / min(image.shape[1:])
-            image, maps = view(target[None], ratio=ratio, fill=IGNORED)
-            return self.distort(image), maps[0]
-        single = ~target["crowd"]
-        ratio = jitter * size / max(image.shape[1:])
-        image, masks = view(target["masks"][single].byte(), ratio=ratio, fill=0)
-        return image, objects_in(masks, target["labels"][single])
+        image = v2.functional.pil_to_tensor(data.to_rgb(image))
+        if self.augment:
+            scale = low + (high - low) * torch.rand(()).item()
+            return self.random_sample(image, target, scale)
+        square, place = letterbox(image, self.image_size)
+        return square, self.measured(image, target) | {"letterbox": place, "index": index}
+
+    def measured(self, image, target):
+        """What is known of an image (3, H, W), as a dict: here the source's target."""
+        return target
 
     def __getitem__(self, key):
         image, target, seed, bad = super().__getitem__(key)
         return image, target if self.augment or not bad else None, seed, bad
 
 
-# ---- Pictures ------------------------------------------------------------------------------------
+def build_data(args, make_set, open_source):
+    """-> (training, validation `DenseSet`, args with `classes`, the names of the classes).
 
+    make_set: a script's subclass of `DenseSet`; open_source: see `open_scenes`. With --eval the
+    classes must be the checkpoint's, and there is no training set: None. One line and status 2 if
+    that cannot be.
+    """
+    parts = ("val",) if args.eval else ("train", "val")
+    with train.refusals():
+        sources = open_scenes(open_source, args.data, args.image_size, parts)
+        classes = list(sources[-1].classes)
+        if args.eval:
+            data.check_classes(args.classes, classes, (args.checkpoint, args.data))
+
+    def samples(source, limit, augment):
+        kept = data.choose_images(source, seed=args.seed, limit=limit or len(source)).tolist()
+        common = dict(image_size=args.image_size, seed=args.seed, scales=args.scales)
+        return make_set(source, kept, augment=augment, **common)
+
+    train_set = None
+    if not args.eval:
+        train_set = samples(sources[0], args.limit_images, augment=True)
+        train.check_one_step(train_set, args)
+    val_set = samples(sources[-1], args.val_images, augment=False)
+    return train_set, val_set, argparse.Namespace(**vars(args) | {"classes": classes})
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
 
 VIEW = 384  # pixels, side of the images in pictures with writing on them
 
 
-def view(image, side=VIEW):
-    """PIL image -> PIL image whose longer side is `side`, small ones enlarged pixel by pixel."""
-    size = [max(1, round(n * side / max(image.size))) for n in image.size]
-    small = max(image.size) < side or image.mode == "L"  # L: of classes, which do not mix
+def view(image):
+    """PIL image -> PIL image whose longer side is VIEW, small ones enlarged pixel by pixel."""
+    size = [max(1, round(n * VIEW / max(image.size))) for n in image.size]
+    small = max(image.size) < VIEW or image.mode == "L"  # L: of classes, which do not mix
     return image.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
 
 
@@ -272,69 +313,112 @@ def as_square(image):
 
 def class_colour(number):
     """A class's colour in pictures, three bytes; of any few classes, the hues are far apart."""
-    colour = oklch(0.42 + 0.09 * (number % 4), 0.16, 2.4 * number)  # 2.4 rad: the golden angle
+    colour = data.oklch(0.42 + 0.09 * (number % 4), 0.16, 2.4 * number)  # 2.4 rad: the golden angle
     return np.array([round(255 * c) for c in colour], np.uint8)
 
 
-# ---- Runs ----------------------------------------------------------------------------------------
+def picture_batch(dataset):
+    """A batch of the first validation images, those of the picture."""
+    return data.collate([dataset[0, i] for i in range(min(6, len(dataset)))])
 
 
-def draw_scenes(name, run, dataset, args, rows=6, least=0.5):
-    """OUT/pictures/NAME.png: the first readable validation images, truth and prediction."""
+def save_scenes(name, titles, rows, args):
+    """OUT/pictures/NAME.png, if there are rows, each of one float (3, VIEW, VIEW) for a title."""
     path = Path(args.out) / "pictures" / f"{name}.png"
-    batch = data.collate([dataset[0, i] for i in range(min(rows, len(dataset)))])
-    predict = detect if args.task == "detect" else segment
-    columns = {"image": [], "truth": [], "prediction": []}
-    for found, truth in predict(run, batch, args):
-        image = data.to_rgb(dataset.source[truth["index"]][0])
-        if args.task == "detect":
-            sure = found["scores"] >= least
-            found = {k: v[sure] for k, v in found.items()}
-            drawn = [data.draw_objects(image, x, args.classes) for x in (truth, found)]
-        else:
-            drawn = [data.draw_classes(image, x, args.classes) for x in (truth["map"], found)]
-        drawn = [data.as_square(data.view(image)), *drawn]
-        for column, picture in zip(columns.values(), drawn, strict=True):
-            column.append(picture)
-    if args.task == "detect":
-        columns[f"prediction, score {least} or more"] = columns.pop("prediction")
-    if columns["image"]:
+    if rows:
         with train.writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            data.save_picture(path, {k: torch.stack(v) for k, v in columns.items()})
+            columns = map(torch.stack, zip(*rows, strict=True))
+            data.save_picture(path, dict(zip(titles, columns, strict=True)))
 
 
-def build_scenes(args):
-    """`build_data` of detection and segmentation; with --eval there is no training set: None."""
-    parts = ("val",) if args.eval else ("train", "val")
-    with train.refusals():
-        sources = data.open_scenes(args.data, args.task, image_size=args.image_size, parts=parts)
-        val_source = sources[-1]
-        if args.eval:
-            data.check_classes(args.classes, val_source.classes, (args.checkpoint, args.data))
-    train_set, common = None, dict(image_size=args.image_size, seed=args.seed, task=args.task)
+# ---- What trains ---------------------------------------------------------------------------------
 
-    def chosen(source, limit):
-        return data.choose_images(source, seed=args.seed, limit=limit or len(source)).tolist()
+MUST_FIT = (*finetune.MUST_FIT, "width")  # for a checkpoint to continue
 
+
+def build_run(Network, args, weights, device, **task):
+    """`finetune.build_run` of a dense network, whose class is Network.
+
+    args: as `finetune.open_checkpoint` and `build_data` leave them. weights: the former's. task:
+    what is left of `finetune.build_run`'s arguments.
+    """
+    torch.manual_seed(args.seed)  # the same initial weights on every process
+    sizes = (args.image_size, args.patch_size, args.drop_path)
+    with train.refusals():  # sizes that do not fit each other, or weights that do not
+        encoder = model.build_encoder(args.model, *sizes)
+        network = Network(encoder, len(args.classes), args.width)
+        if weights is not None:
+            finetune.load_weights(network, weights, args)
+    groups = finetune.layer_groups(network, args.weight_decay, args.layer_decay)
+    return finetune.build_run(network.to(device), groups, args, device, must_fit=MUST_FIT, **task)
+
+
+def train_or_measure(run, train_set, val_set, args):
+    """Train, or with --eval measure -> the signal that ended it, or 0."""
     if not args.eval:
-        kept = chosen(sources[0], args.limit_images)
-        train_set = data.DenseSet(sources[0], kept, scales=args.scales, **common)
-        train.check_one_step(train_set, args)
-    kept, windows = chosen(val_source, args.val_images), args.slide and args.task == "segment"
-    val_set = data.DenseSet(val_source, kept, augment=False, slide=windows, **common)
-    settled = vars(args) | {"classes": list(val_source.classes)}
-    return train_set, val_set, argparse.Namespace(**settled)
+        return finetune.train_network(run, train_set, val_set, args)[0]
+    train.write_row(run.evaluate(run, finetune.shard(val_set, args), [], args))
+    return 0
 
 
-def check_dense(args):
-    """End with status 2 for flags that detection and segmentation cannot follow."""
-    names = ("fraction", "shots", "mixup", "cutmix", "label_smoothing", "rand_augment")
-    for name in (name for name in names if getattr(args, name)):
-        fail(f"--{name.replace('_', '-')} is for classification; leave it off for {args.task}")
-    if args.width and args.width % 16:
+# ---- Command line --------------------------------------------------------------------------------
+
+
+def build_parser(task, *, what, layout, width, scales, fits, layer_decay):
+    """The flags that both scripts have; `--help` is the manual.
+
+    task: the script's name. what: it does. layout: of --data. width, scales, layer_decay: defaults.
+    fits: what an image that is enlarged by 1 does.
+
+    PAPER SILENT: settings of both tasks beyond rates, decay and epochs, which sec. 4 and Table 2
+    give for "all fine-tuned models". Ours: ViTDet's and MMSegmentation's layer-wise decay for
+    ViT-B, both their stochastic depth, and the widths of both their heads.
+    """
+    parser = argparse.ArgumentParser(
+        description=f"{what} with a pre-trained encoder.",
+        usage=f"python -m extras.{task} --checkpoint FILE|none --data PATH|shapes "
+        "[flags; see --help]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--eval", action="store_true", help="only measure this script's checkpoint")
+    train.add_flags(
+        parser,
+        "network",
+        *finetune.CHECKPOINT_FLAGS,
+        ("--width", train.at_least(16), width, "of the heads, a multiple of 16"),
+    )
+    train.add_flags(
+        parser,
+        "data",
+        ("--data", str, f"data/{layout.lower()}", f"in {layout}'s layout; shapes; shapes-large"),
+        *train.DATA_FLAGS[1:],
+        ("--val-images", train.COUNT, None, "measure on so many; None = all"),
+        (
+            "--scales",
+            (train.NUMBER, train.NUMBER),
+            scales,
+            f"of random enlargement; 1 = the image {fits} --image-size",
+        ),
+    )
+    title = f"optimisation (layer decay None: {layer_decay}, or 1 for random weights)"
+    train.add_flags(parser, title, *finetune.OPTIMISER_FLAGS)
+    train.add_flags(
+        parser,
+        "the run",
+        ("--out", str, None, f"folder for everything written; None = {task}/ beside --checkpoint"),
+        *train.RUN_FLAGS,
+    )
+    # task names the folder beside the checkpoint
+    parser.set_defaults(task=task, weight_decay=0.05, drop_path=0.1)
+    return parser
+
+
+def settle(args, layer_decay):
+    """Give a value to each flag that has none -> args; status 2 for what cannot be."""
+    finetune.settle(args, dict(layer_decay=layer_decay))
+    if args.width % 16:
         fail(f"--width {args.width} must be a multiple of 16")
-    if args.scales and not 0 < args.scales[0] <= args.scales[1]:
+    if not 0 < args.scales[0] <= args.scales[1]:
         fail(f"--scales {args.scales} must be above 0, the smaller first")
-
-
+    return args

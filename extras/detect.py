@@ -1,7 +1,63 @@
-# ---- Mask R-CNN ----------------------------------------------------------------------------------
+"""Detect objects with a pre-trained encoder: Mask R-CNN (paper, Table 3; supplement A.2).
 
+    python -m extras.detect --checkpoint runs/mse/checkpoint.pt --data path/to/coco
+    torchrun --nproc_per_node=8 -m extras.detect --checkpoint runs/mse/checkpoint.pt --data ...
+    python -m extras.detect --eval --checkpoint runs/mse/detect/best.pt --data path/to/coco
 
+--checkpoint as in finetune.py; --data: COCO's own layout, or shapes. In order: what a step
+minimises; the network; measuring; average precision; samples; COCO's masks and files; pictures; the
+command line. What segmentation has, too, is in dense.py.
+
+Writes to OUT as finetune.py does: best.pt is that of the highest box AP; log.jsonl has, in per
+cent, ap... of boxes and mask_ap... of masks, as COCO defines them (-1: no such objects). Each
+measurement, --eval's too, writes results_bbox.json and results_segm.json, in COCO's result format,
+and pictures/detections.png.
+"""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from torchvision.models.detection import MaskRCNN, faster_rcnn, mask_rcnn, rpn
+from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, masks_to_boxes, roi_align
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+import data
+import finetune
+import train
+from extras import dense
+
+SCRIPT = "extras/detect.py"  # who writes the checkpoints
+CURVES = {  # panels of curves.png, see data.CURVES
+    "loss": {"loss": ""},
+    "boxes, %": {"ap": "AP", "ap50": "AP50"},
+    "masks, %": {"mask_ap": "AP", "mask_ap50": "AP50"},
+}
 MASK_SIDE = 28  # cells of a predicted mask, which spans its box
+SURE = 0.5  # score of the detections that are drawn
+LAYER_DECAY = 0.7
+
+# ---- One step: what is minimised -----------------------------------------------------------------
+
+
+def detection_terms(run, images, objects, progress, args):
+    """Mask R-CNN's five losses of a batch -> {name: scalar}; see `Detector`.
+
+    objects: a dict for each image, boxes (N, 4), labels (N,) and masks (N, S, S); N may be 0.
+    """
+    objects = [{k: v.to(run.device, non_blocking=True) for k, v in o.items()} for o in objects]
+    with run.autocast():  # the heads turn it off
+        return run.network(images, objects)
+
+
+# ---- Mask R-CNN ----------------------------------------------------------------------------------
 
 
 def mask_targets(masks, boxes, matched):
@@ -11,19 +67,17 @@ def mask_targets(masks, boxes, matched):
     image's corner. matched: (R,), the object in each box. Pixel i has its centre at i + .5
     (aligned=True), as `paste_masks` takes it; torchvision's own targets lie half a pixel off.
     """
-    from torchvision.ops import roi_align
-
     rois = torch.cat([matched[:, None].to(boxes), boxes], dim=1)  # (R, 5)
     return roi_align(masks[:, None].to(boxes), rois, MASK_SIDE, aligned=True)[:, 0]
 
 
-def paste_masks(masks, boxes, height, width, threshold=0.5):
+def paste_masks(masks, boxes, height, width):
     """Masks of boxes -> masks of the image, bool (N, height, width).
 
     masks: (N, 28, 28), probabilities over each box. boxes: (N, 4), x0 y0 x1 y1 in pixels of the
     image of height x width. A pixel belongs to an object if its centre, i + .5, is in the box and
-    the probability there, interpolated, is `threshold` or more. One mask at a time, and only inside
-    its box: the float values of 100 whole images of 1024 px would take 400 MB.
+    the probability there, interpolated, is .5 or more. One mask at a time, and only inside its
+    box: the float values of 100 whole images of 1024 px would take 400 MB.
     """
     pasted = masks.new_zeros((len(masks), height, width), dtype=torch.bool)
     rows, columns = (torch.arange(n, device=masks.device) + 0.5 for n in (height, width))
@@ -37,11 +91,11 @@ def paste_masks(masks, boxes, height, width, threshold=0.5):
         y = (rows[top:bottom] - box[1]) / (box[3] - box[1]) * 2 - 1
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=2)[None]  # (1, h, w, 2)
         inside = F.grid_sample(mask, grid, padding_mode="border", align_corners=False)
-        pasted[i, top:bottom, left:right] = inside[0, 0] >= threshold
+        pasted[i, top:bottom, left:right] = inside[0, 0] >= 0.5
     return pasted
 
 
-class Detector(FeaturePyramid):
+class Detector(dense.FeaturePyramid):
     """Mask R-CNN (He et al. 2017) over the pyramid of a ViT: boxes, classes and masks of objects.
 
     PAPER: supplement A.2, "the original Mask-RCNN head" over an FPN. FPN, RPN and heads are
@@ -53,16 +107,11 @@ class Detector(FeaturePyramid):
     them (Li et al. 2021, ViTDet).
     """
 
-    def __init__(self, encoder, classes, width=256):
-        from torchvision.models.detection import MaskRCNN, faster_rcnn, mask_rcnn, rpn
-        from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
-        from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
-
+    def __init__(self, encoder, classes, width):
         super().__init__(encoder, width)
         self.classes, p, S = classes, encoder.patch_size, self.image_size
-        self.fpn = FeaturePyramidNetwork(
-            self.channels, width, extra_blocks=LastLevelMaxPool(), norm_layer=group_norm
-        )
+        norm = dict(norm_layer=dense.group_norm)
+        self.fpn = FeaturePyramidNetwork(self.channels, width, LastLevelMaxPool(), **norm)
         # PAPER SILENT: anchors and sampling. One size per map, of FPN's 8 cells (32 to 512 px at
         # patches of 16), fewer where the largest would exceed the image; under 4 px they round
         # to nothing. An object of 14 patches is pooled from the map of one patch a cell. Heads
@@ -82,12 +131,10 @@ class Detector(FeaturePyramid):
             rpn_anchor_generator=rpn.AnchorGenerator(tuple(sizes), 5 * ((0.5, 1.0, 2.0),)),
             rpn_head=rpn.RPNHead(width, 3, conv_depth=2),
             box_roi_pool=MultiScaleRoIAlign(output_size=7, **scale),
-            box_head=faster_rcnn.FastRCNNConvFCHead(
-                (width, 7, 7), layers, [4 * width], norm_layer=group_norm
-            ),
+            box_head=faster_rcnn.FastRCNNConvFCHead((width, 7, 7), layers, [4 * width], **norm),
             box_predictor=faster_rcnn.FastRCNNPredictor(4 * width, outputs),
             mask_roi_pool=MultiScaleRoIAlign(output_size=MASK_SIDE // 2, **scale),
-            mask_head=mask_rcnn.MaskRCNNHeads(width, layers, 1, norm_layer=group_norm),
+            mask_head=mask_rcnn.MaskRCNNHeads(width, layers, 1, **norm),
             mask_predictor=mask_rcnn.MaskRCNNPredictor(width, width, outputs),
             box_batch_size_per_image=samples,
             rpn_post_nms_top_n_test=min(1000, 2 * samples),
@@ -123,8 +170,6 @@ class Detector(FeaturePyramid):
 
         torchvision's own steps, written out for the sake of the masks (see `mask_targets`).
         """
-        from torchvision.models.detection.roi_heads import fastrcnn_loss
-
         heads = self.roi_heads
         boxes, matched, labels, deltas = heads.select_training_samples(proposals, targets)
         features = heads.box_head(heads.box_roi_pool(maps, boxes, sizes))
@@ -133,15 +178,11 @@ class Detector(FeaturePyramid):
         # Masks are learnt where a sample hits an object, and for that object's class alone.
         hits = [found > 0 for found in labels]
         boxes = [b[hit] for b, hit in zip(boxes, hits, strict=True)]
-        wanted = torch.cat(
-            [
-                mask_targets(t["masks"], b, m[hit])
-                for t, b, m, hit in zip(targets, boxes, matched, hits, strict=True)
-            ]
-        )  # (R, 28, 28)
+        each = zip(targets, boxes, matched, hits, strict=True)
+        wanted = torch.cat([mask_targets(t["masks"], b, m[hit]) for t, b, m, hit in each])
         x = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(maps, boxes, sizes)))
         of_class = torch.cat(labels)[torch.cat(hits)]  # (R,)
-        x = x[torch.arange(len(x), device=x.device), of_class]  # (R, 28, 28)
+        x = x[torch.arange(len(x), device=x.device), of_class]  # (R, 28, 28), as `wanted`
         # As a sum: without a hit, this is 0 and still gives every parameter a gradient.
         mask = F.binary_cross_entropy_with_logits(x, wanted, reduction="sum")
         mask = mask / max(1, wanted.numel())
@@ -162,24 +203,95 @@ class Detector(FeaturePyramid):
                 )
 
 
-def build_detector(size, classes, *, image_size, patch_size, drop=0.0, width=256):
-    """A detector on an encoder of a size in MAE_SIZES; ValueError if sizes do not fit each other.
+def build_run(args, weights, device):
+    """What trains a detector; see `dense.build_run`."""
+    task = dict(part="detector", terms=detection_terms, evaluate=evaluate_detector, score="ap")
+    return dense.build_run(Detector, args, weights, device, script=SCRIPT, curves=CURVES, **task)
 
-    classes: without the background. drop: see `ViT`. width: channels of the FPN and the heads, a
-    multiple of 8.
+
+# ---- Measuring -----------------------------------------------------------------------------------
+
+
+def detect(run, batch):
+    """A batch's detections -> [(found, objects)] of its readable images, in their own pixels.
+
+    batch: of a `DetectionSet` that does not augment. found: as `Detector` gives it, but with
+    masks (D, H, W) bool, on the CPU.
     """
-    return Detector(build_encoder(size, image_size, patch_size, drop), classes, width)
+    images, targets, *_ = batch
+    with run.autocast():
+        outputs = train.unwrap(run.network)(data.to_float(images.to(run.device)))
+    pairs = []
+    for output, objects in zip(outputs, targets, strict=True):
+        if objects is None:
+            continue
+        place = objects["letterbox"]
+        boxes = dense.boxes_to_image(output["boxes"], place)
+        masks = paste_masks(output["masks"], boxes, place.height, place.width)
+        inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # not in the padding
+        found = output | {"boxes": boxes, "masks": masks}
+        pairs.append(({k: v[inside].cpu() for k, v in found.items()}, objects))
+    return pairs
+
+
+@torch.no_grad()
+def evaluate_detector(run, loader, known, args):
+    """COCO's average precision of boxes and masks over the whole validation set, in per cent.
+
+    -> row of `coco_ap`, the masks' under mask_..., -1 = no object of that size. Draws the picture,
+    and writes OUT/results_bbox.json and results_segm.json: the latest measurement's. loader, known:
+    see `finetune.evaluate_classifier`.
+    """
+    network, found, rows = train.unwrap(run.network).eval(), {}, []
+    for batch in loader:
+        found |= dict(batch[3])
+        for detections, objects in detect(run, batch):
+            pair = [match_detections(detections, objects, masks=m) for m in (False, True)]
+            index = objects["index"]
+            rows.append((index, *pair, coco_results(detections, loader.dataset.source, index)))
+    finetune.note_unread(found, known, loader.dataset)
+    rows = sorted(sum(train.of_all_processes(rows), []), key=lambda row: row[0])  # COCO's order
+    _, boxes, masks, results = zip(*rows, strict=True)
+    row = coco_ap(boxes)
+    row |= {f"mask_{name}": value for name, value in coco_ap(masks).items()}
+    row = {name: 100 * value if value >= 0 else value for name, value in row.items()}
+    if train.is_main():
+        write_results(args.out, [entry for image in results for entry in image])
+        draw_detections(run, loader.dataset, args)
+    network.train()
+    return row | {"val_images": len(rows)}
+
+
+def coco_results(found, source, index):
+    """An image's detections as entries of COCO's result format, boxes and masks together."""
+    numbers = (found[name].tolist() for name in ("boxes", "labels", "scores"))
+    return [
+        {
+            "image_id": source.image_ids[index],
+            "category_id": source.category_ids[label - 1],
+            "score": score,
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "segmentation": mask_to_rle(mask),
+        }
+        for (x0, y0, x1, y1), label, score, mask in zip(*numbers, found["masks"], strict=True)
+    ]
+
+
+def write_results(out, results):
+    """Write `coco_results` of all images: a file of boxes, and one of masks."""
+    for kind, other in (("bbox", "segmentation"), ("segm", "bbox")):
+        # Apart: COCO's tools take the area of an entry with both from its box.
+        rows = [{k: v for k, v in row.items() if k != other} for row in results]
+        path = Path(out) / f"results_{kind}.json"
+        with train.writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(rows))
 
 
 # ---- Average precision ---------------------------------------------------------------------------
 
-
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # T
-
-
 AREAS = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])  # A ranges, pixels
-
-
 RECALLS = np.linspace(0, 1, 101)
 
 
@@ -289,7 +401,68 @@ def coco_ap(matches):
     return {name: mean(values) for name, values in scores.items()}
 
 
-# ---- Masks: polygons, run lengths, boxes ---------------------------------------------------------
+# ---- Samples -------------------------------------------------------------------------------------
+
+
+class DetectionSet(dense.DenseSet):
+    """`dense.DenseSet` of objects: in training those of a view, {"boxes" (N, 4), "labels" (N,),
+    "masks" (N, S, S) bool}, boxes around what is left of the masks, groups (crowd) left out.
+
+    PAPER SILENT: augmentation. Scale jitter of .1 to 2, where 1 makes the longer side S, crops,
+    flips, as in Li et al. 2021 and ViTDet.
+    """
+
+    def companion(self, index):
+        """A target without objects."""
+        size = self.image_size
+        return objects_in(torch.zeros(0, size, size), torch.zeros(0, dtype=torch.int64))
+
+    def random_sample(self, image, target, scale):
+        """(image, objects) of a random view of an image (3, H, W)."""
+        single, size = ~target["crowd"], self.image_size
+        masks, ratio = target["masks"][single].byte(), scale * size / max(image.shape[1:])
+        image, masks = dense.random_view(image, masks, size=size, ratio=ratio, fill=0)
+        return image, objects_in(masks, target["labels"][single])
+
+
+def objects_in(masks, labels):
+    """Masks (N, S, S) and labels (N,) -> torchvision's target of those with any pixel."""
+    masks = masks.bool()
+    kept = masks.any(dim=2).any(dim=1)
+    masks = masks[kept]
+    return {"boxes": mask_boxes(masks), "labels": labels[kept], "masks": masks}
+
+
+def shape_objects(shapes, index):
+    """The objects of a picture of `data.Shapes`, their visible parts, as `CocoScenes` has them."""
+    scene = shapes.scene(index)
+    masks = dense.owners(scene, shapes.size) == torch.arange(len(scene))[:, None, None]
+    objects = objects_in(masks, torch.tensor([obj.kind + 1 for obj in scene]))
+    crowd = torch.zeros(len(objects["labels"]), dtype=torch.bool)
+    return objects | {"crowd": crowd, "area": objects["masks"].sum(dim=(1, 2)).float()}
+
+
+def open_source(path, part, image_size):
+    """Scenes of one part, "train" or "val", of --data; see `dense.open_scenes`."""
+    if path in data.DRAWN:
+        shapes = data.DRAWN[path](part, image_size)
+        return dense.ShapeScenes(shapes, shape_objects, data.SHAPE_CLASSES)
+    return CocoScenes(path, part)
+
+
+def random_batch(args):
+    """Random images (B, 3, S, S) uint8 and 7 objects each, as COCO has, as a loader gives them."""
+    generator = torch.Generator().manual_seed(args.seed)
+    B, S, classes = args.batch_size, args.image_size, len(args.classes)
+    images = torch.randint(0, 256, (B, 3, S, S), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, classes, (B, 7), generator=generator)
+    corners, rows = torch.randint(0, S // 2, (B, 7, 2, 1, 1), generator=generator), torch.arange(S)
+    x, y = rows - corners[:, :, 0], rows[:, None] - corners[:, :, 1]
+    masks = (x >= 0) & (x < S // 4) & (y >= 0) & (y < S // 4)  # squares, (B, 7, S, S)
+    return images, [objects_in(m, n + 1) for m, n in zip(masks, labels, strict=True)]
+
+
+# ---- COCO's masks and files ----------------------------------------------------------------------
 
 
 def polygons_to_mask(polygons, height, width):
@@ -309,14 +482,12 @@ def polygons_to_mask(polygons, height, width):
         turned = start[edges, long] > end[edges, long]  # edges are walked in ascending order
         low, high = np.where(turned[:, None], (end, start), (start, end))
         slope = (high - low) / np.maximum(steps, 1)[:, None]  # 1 along the longer axis
-
         edge = np.repeat(edges, steps + 1)
         step = np.arange(len(edge)) - np.repeat(np.cumsum(steps + 1) - (steps + 1), steps + 1)
         step = np.where(turned[edge], steps[edge] - step, step)  # but listed from start to end
         rounded = (low[edge] + slope[edge] * step[:, None] + 0.5).astype(np.int64)
         along = low[edge] + step[:, None]  # not rounded: below 0, that would shift it
         points = np.where(long[edge, None] == np.arange(2), along, rounded)
-
         u, v = np.minimum(points[1:], points[:-1]).T
         column, rest = np.divmod(u - 2, 5)
         crosses = (points[1:, 0] != points[:-1, 0]) & (rest == 0) & (column >= 0) & (column < width)
@@ -332,9 +503,9 @@ def rle_to_mask(counts, height, width):
     counts: lengths of alternate runs of 0 and 1, column by column, the first of 0; a list, or
     compressed to a string (see `mask_to_rle`).
     """
-    if isinstance(counts, (str, bytes)):
+    if isinstance(counts, str):
         text, counts, value, shift = counts, [], 0, 0
-        for code in text.encode() if isinstance(text, str) else text:
+        for code in text.encode():
             group = code - 48
             value |= (group & 31) << shift
             shift += 5
@@ -372,19 +543,9 @@ def mask_to_rle(mask):
 
 
 def mask_boxes(masks):
-    """Masks (N, H, W), none of them empty -> their boxes (N, 4), float32 pixels, xyxy.
-
-    A box ends where its last pixel ends: a mask of one pixel is 1 wide (torchvision's: 0).
-    """
-    sides = []
-    for profile in (masks.any(dim=1), masks.any(dim=2)):  # (N, W), (N, H)
-        first = profile.int().argmax(dim=1)
-        sides.append((first, profile.shape[1] - profile.flip(1).int().argmax(dim=1)))
-    (left, right), (top, bottom) = sides
-    return torch.stack([left, top, right, bottom], dim=1).float()
-
-
-# ---- COCO ----------------------------------------------------------------------------------------
+    """Masks (N, H, W), none empty -> their boxes (N, 4), xyxy, which end where the last pixel ends
+    (torchvision's: where it begins)."""
+    return masks_to_boxes(masks) + torch.tensor([0.0, 0, 1, 1])
 
 
 class CocoScenes(Dataset):
@@ -459,9 +620,9 @@ class CocoScenes(Dataset):
 
     def __getitem__(self, i):
         image, (height, width) = Image.open(self.files[i]), self.sizes[i]
-        if upright_size(image) != (width, height):
+        if data.upright_size(image) != (width, height):
             raise ValueError(
-                f"{self.files[i]} has {upright_size(image)} pixels (width, height), its masks "
+                f"{self.files[i]} has {data.upright_size(image)} pixels (width, height), its masks "
                 f"{(width, height)}, says {self.path}; replace one of them"
             )
         rows = zip(*self.objects[i], strict=True) if self.objects[i] else [()] * 6
@@ -478,12 +639,18 @@ class CocoScenes(Dataset):
         }
 
 
-def objects_in(masks, labels):
-    """Masks (N, S, S) and labels (N,) -> torchvision's target of those with any pixel."""
-    masks = masks.bool()
-    kept = masks.any(dim=2).any(dim=1)
-    masks = masks[kept]
-    return {"boxes": mask_boxes(masks), "labels": labels[kept], "masks": masks}
+# ---- Pictures ------------------------------------------------------------------------------------
+
+
+def draw_detections(run, dataset, args):
+    """OUT/pictures/detections.png: the first readable validation images, truth and prediction."""
+    titles, rows = ("image", "truth", f"prediction, score {SURE} or more"), []
+    for found, truth in detect(run, dense.picture_batch(dataset)):
+        image, sure = data.to_rgb(dataset.source[truth["index"]][0]), found["scores"] >= SURE
+        found = {name: values[sure] for name, values in found.items()}
+        drawn = [draw_objects(image, objects, args.classes) for objects in (truth, found)]
+        rows.append([dense.as_square(dense.view(image)), *drawn])
+    dense.save_scenes("detections", titles, rows, args)
 
 
 def draw_objects(image, objects, names):
@@ -492,118 +659,47 @@ def draw_objects(image, objects, names):
     objects: CPU tensors boxes (N, 4), masks (N, H, W) and labels (N,) from 1, in pixels of the
     image; maybe scores (N,). names: of the classes, label 1 first.
     """
-    canvas = np.array(view(image))
-    boxes = (objects["boxes"] * (VIEW / max(image.size))).tolist()
+    canvas = np.array(dense.view(image))
+    boxes = (objects["boxes"] * (dense.VIEW / max(image.size))).tolist()
     order = objects["masks"].flatten(1).sum(dim=1).argsort(descending=True).tolist()
     numbers = (objects["labels"] - 1).tolist()
     for n in order:  # small ones last, on top
-        mask = np.array(view(Image.fromarray(objects["masks"][n].byte().numpy()))) > 0
-        canvas[mask] = 0.5 * canvas[mask] + 0.5 * class_colour(numbers[n])
+        mask = np.array(dense.view(Image.fromarray(objects["masks"][n].byte().numpy()))) > 0
+        canvas[mask] = 0.5 * canvas[mask] + 0.5 * dense.class_colour(numbers[n])
     canvas = Image.fromarray(canvas)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=15)
     for n in order:
-        colour, (x, y, *_) = tuple(class_colour(numbers[n]).tolist()), boxes[n]
+        colour, (x, y, *_) = tuple(dense.class_colour(numbers[n]).tolist()), boxes[n]
         draw.rectangle(boxes[n], outline=colour, width=2)
-        text = names[numbers[n]]
-        if "scores" in objects:
-            text += f" {objects['scores'][n]:.2f}"
+        score = f" {objects['scores'][n]:.2f}" if "scores" in objects else ""
+        text = names[numbers[n]] + score
         length = draw.textlength(text, font)
         x, y = max(0, min(x, canvas.width - length - 6)), max(0, y - 18)  # inside the image
         draw.rectangle([x, y, x + length + 6, y + 18], colour)
         draw.text((x + 3, y + 9), text, "white", font, anchor="lm")
-    return as_square(canvas)
+    return dense.as_square(canvas)
 
 
-# ---- Training and measuring ----------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------
 
 
-def detection_terms(run, images, objects, args):
-    """Mask R-CNN's five losses of a batch -> {name: scalar}; see `model.Detector`.
-
-    objects: a dict for each image, boxes (N, 4), labels (N,) and masks (N, S, S); N may be 0.
-    """
-    objects = [{k: v.to(run.device, non_blocking=True) for k, v in o.items()} for o in objects]
-    with run.autocast():  # the heads turn it off
-        return run.network(images, objects)
+def parse_args(argv=None):
+    """Command line -> namespace, complete but for what a checkpoint and the data settle."""
+    own = dict(what="Detect objects", layout="COCO", width=256, scales=[0.1, 2.0], fits="fits")
+    parser = dense.build_parser("detect", layer_decay=LAYER_DECAY, **own)
+    return dense.settle(parser.parse_args(argv), LAYER_DECAY)
 
 
-def detect(run, batch, args):
-    """A batch's detections -> [(found, objects)] of its readable images, in their own pixels.
-
-    batch: of a `DenseSet` that does not augment. found: as `model.Detector` gives it, but with
-    masks (D, H, W) bool, on the CPU.
-    """
-    images, targets, *_ = batch
-    with run.autocast():
-        outputs = train.unwrap(run.network)(data.to_float(images.to(run.device)))
-    pairs = []
-    for output, objects in zip(outputs, targets, strict=True):
-        if objects is None:
-            continue
-        place = objects["letterbox"]
-        boxes = data.boxes_to_image(output["boxes"], place)
-        masks = model.paste_masks(output["masks"], boxes, place.height, place.width)
-        inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # not in the padding
-        found = output | {"boxes": boxes, "masks": masks}
-        pairs.append(({k: v[inside].cpu() for k, v in found.items()}, objects))
-    return pairs
+def main(argv=None):
+    args = parse_args(argv)
+    device = train.start_processes()
+    weights, args = finetune.open_checkpoint(args, "detector", SCRIPT, keep=("width",))
+    train_set, val_set, args = dense.build_data(args, DetectionSet, open_source)
+    run = build_run(args, weights, device)
+    stopped = dense.train_or_measure(run, train_set, val_set, args)
+    train.stop_processes()
+    return 128 + stopped if stopped else 0
 
 
-@torch.no_grad()
-def evaluate_detector(run, loader, known, args):
-    """COCO's average precision of boxes and masks over the whole validation set, in per cent.
-
-    -> row of `losses.coco_ap`, the masks' under mask_..., -1 = no object of that size. Draws the
-    picture, and writes OUT/results_bbox.json and results_segm.json, in COCO's result format: the
-    latest measurement's. loader, known: see `evaluate_classifier`.
-    """
-    network, found, rows = train.unwrap(run.network).eval(), {}, []
-    source = loader.dataset.source
-    for batch in loader:
-        found |= dict(batch[3])
-        for detections, objects in detect(run, batch, args):
-            pair = [losses.match_detections(detections, objects, masks=m) for m in (False, True)]
-            index = objects["index"]
-            rows.append((index, *pair, coco_results(detections, source, index)))
-    note_unread(found, known, loader.dataset)
-    rows = sorted(sum(train.of_all_processes(rows), []), key=lambda row: row[0])  # COCO's order
-    _, boxes, masks, results = zip(*rows, strict=True)
-    row = losses.coco_ap(boxes)
-    row |= {f"mask_{name}": value for name, value in losses.coco_ap(masks).items()}
-    row = {name: 100 * value if value >= 0 else value for name, value in row.items()}
-    if is_main():
-        write_results(args.out, [entry for image in results for entry in image])
-        draw_scenes("detections", run, loader.dataset, args)
-    network.train()
-    return row | {"val_images": len(rows)}
-
-
-def coco_results(found, source, index):
-    """An image's detections as entries of COCO's result format, boxes and masks together."""
-    return [
-        {
-            "image_id": source.image_ids[index],
-            "category_id": source.category_ids[label - 1],
-            "score": score,
-            "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "segmentation": data.mask_to_rle(mask),
-        }
-        for (x0, y0, x1, y1), label, score, mask in zip(
-            *(found[name].tolist() for name in ("boxes", "labels", "scores")),
-            found["masks"],
-            strict=True,
-        )
-    ]
-
-
-def write_results(out, results):
-    """Write `coco_results` of all images: a file of boxes, and one of masks."""
-    for kind, other in (("bbox", "segmentation"), ("segm", "bbox")):
-        # Apart: COCO's tools take the area of an entry with both from its box.
-        rows = [{k: v for k, v in row.items() if k != other} for row in results]
-        path = Path(out) / f"results_{kind}.json"
-        with train.writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(rows))
-
-
+if __name__ == "__main__":
+    train.run_script(main)

@@ -1,10 +1,79 @@
+"""Label pixels with a pre-trained encoder: UperNet (paper, Table 3; supplement A.2).
+
+    python -m extras.segment --checkpoint runs/mse/checkpoint.pt --data path/to/ade20k
+    torchrun --nproc_per_node=8 -m extras.segment --checkpoint runs/mse/checkpoint.pt --data ...
+    python -m extras.segment --eval --checkpoint runs/mse/segment/best.pt --data path/to/ade20k
+
+--checkpoint as in finetune.py; --data: ADE20K's own layout, or shapes. In order: what a step
+minimises; the network; measuring; samples; ADE20K's files; pictures; the command line. What
+detection has, too, is in dense.py.
+
+Writes to OUT as finetune.py does: best.pt is that of the highest mIoU; log.jsonl has, in per cent,
+miou over the classes in truth or prediction, miou_all over all, and pixel_accuracy. Each
+measurement, --eval's too, writes pictures/segmentation.png.
+"""
+
+import math
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+import data
+import finetune
+import train
+from extras import dense
+
+SCRIPT = "extras/segment.py"  # who writes the checkpoints
+CURVES = {  # panels of curves.png, see data.CURVES
+    "loss": {"loss": ""},
+    "classes, %": {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"},
+}
+IGNORED = 255  # label of pixels that count nowhere
+LAYER_DECAY = 0.65
+
+# ---- One step: what is minimised -----------------------------------------------------------------
+
+
+def segmentation_terms(run, images, maps, progress, args):
+    """Loss of a batch -> {"loss": scalar}. maps: classes (B, S, S), 255 = not known."""
+    with run.autocast():
+        logits, second = run.network(images)  # (B, classes, S, S) each
+    maps = maps.to(run.device, non_blocking=True)
+    return {"loss": segmentation_loss(logits, maps, second)}
+
+
+def segmentation_loss(logits, target, aux_logits):
+    """Mean cross-entropy of the labelled pixels, plus .4 times that of the second head.
+
+    logits, aux_logits: (B, classes, H, W). target: (B, H, W), integers; 255 = ignored. Returns:
+    scalar, 0 with a gradient of 0 where all pixels are ignored (F.cross_entropy: NaN).
+    PAPER SILENT: the loss and the weight; both are mmsegmentation's. DIFFERS: it divides by the
+    number of all pixels, ignored ones included.
+    """
+    target = target.long()
+    labelled = (target != IGNORED).sum().clamp(min=1)
+
+    def mean(x):
+        return F.cross_entropy(x.float(), target, ignore_index=IGNORED, reduction="sum") / labelled
+
+    return mean(logits) + 0.4 * mean(aux_logits)
+
+
 # ---- UperNet -------------------------------------------------------------------------------------
 
 
 def conv_norm(c_in, c_out, kernel):
     """Convolution, norm, ReLU: (B, c_in, h, w) -> (B, c_out, h, w)."""
     conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, group_norm(c_out), nn.ReLU())
+    return nn.Sequential(conv, dense.group_norm(c_out), nn.ReLU())
 
 
 def resize(x, side):
@@ -12,7 +81,7 @@ def resize(x, side):
     return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
 
 
-class Segmenter(FeaturePyramid):
+class Segmenter(dense.FeaturePyramid):
     """UperNet (Xiao et al. 2018) over the pyramid of a ViT: a class for every pixel.
 
     PAPER: supplement A.2. PAPER SILENT: all else; the head is that of mmsegmentation's ViTs, where
@@ -24,7 +93,7 @@ class Segmenter(FeaturePyramid):
 
     BINS = (1, 2, 3, 6)  # sides to which the last map is pooled
 
-    def __init__(self, encoder, classes, width=512):
+    def __init__(self, encoder, classes, width):
         super().__init__(encoder, width)
         *channels, last = self.channels
         self.pooled = nn.ModuleList(conv_norm(last, width, 1) for _ in self.BINS)
@@ -69,35 +138,79 @@ class Segmenter(FeaturePyramid):
         return torch.cat([resize(x, side) for x in [*fine, merged[-1]]], dim=1)
 
 
-def build_segmenter(size, classes, *, image_size, patch_size, drop=0.0, width=512):
-    """A segmenter on an encoder of a size in MAE_SIZES; ValueError if sizes do not fit each other.
+def build_run(args, weights, device):
+    """What trains a segmenter; see `dense.build_run`."""
+    task = dict(part="segmenter", terms=segmentation_terms, evaluate=evaluate_segmenter)
+    task |= dict(score="miou", script=SCRIPT, curves=CURVES)
+    return dense.build_run(Segmenter, args, weights, device, **task)
 
-    drop: see `ViT`. width: channels of the head, a multiple of 16.
+
+# ---- Measuring -----------------------------------------------------------------------------------
+
+
+def segment(run, batch, args):
+    """A batch's class maps -> [(map (H, W), truth {"map", ...})] of its readable images."""
+    images, targets, *_ = batch
+    network, pairs = train.unwrap(run.network), []
+    with run.autocast():
+        if not args.slide:
+            outputs = network(data.to_float(images.to(run.device)))  # (B, classes, S, S)
+    for number, truth in enumerate(targets):
+        if truth is None:
+            continue
+        place = truth["letterbox"]
+        if args.slide:
+            with run.autocast():
+                image = data.to_float(truth["whole"].to(run.device))
+                logits = slide(network, image, args.image_size)
+            place = place._replace(rows=logits.shape[1], columns=logits.shape[2])
+        else:
+            logits = outputs[number]
+        pairs.append((dense.maps_to_image(logits, place).argmax(dim=0).cpu(), truth))
+    return pairs
+
+
+def slide(network, image, side):
+    """Mean logits (classes, h, w) of all windows of an image (3, h, w), h and w `side` or more.
+
+    PAPER SILENT: measuring. MMSegmentation's windows, side x side, each two thirds of a side after
+    the one before; the last end where the image ends.
     """
-    return Segmenter(build_encoder(size, image_size, patch_size, drop), classes, width)
+    starts, step = [], 2 * side // 3
+    for length in image.shape[1:]:
+        count = 1 + math.ceil((length - side) / step)
+        starts.append([min(i * step, length - side) for i in range(count)])
+    places = [(slice(y, y + side), slice(x, x + side)) for y in starts[0] for x in starts[1]]
+    windows = network(torch.stack([image[:, rows, columns] for rows, columns in places]))
+    total = windows.new_zeros(windows.shape[1], *image.shape[1:])
+    count = torch.zeros_like(total[:1])
+    for (rows, columns), logits in zip(places, windows, strict=True):
+        total[:, rows, columns] += logits
+        count[:, rows, columns] += 1
+    return total / count
 
 
-# ---- Loss and scores -----------------------------------------------------------------------------
+@torch.no_grad()
+def evaluate_segmenter(run, loader, known, args):
+    """`segmentation_scores` over the whole validation set, in per cent -> row.
 
-
-IGNORED = 255  # label of pixels that count nowhere
-
-
-def segmentation_loss(logits, target, aux_logits=None, aux_weight=0.4):
-    """Mean cross-entropy of the labelled pixels, plus `aux_weight` times that of the second head.
-
-    logits, aux_logits: (B, classes, H, W). target: (B, H, W), integers; 255 = ignored. Returns:
-    scalar, 0 with a gradient of 0 where all pixels are ignored (F.cross_entropy: NaN).
-    PAPER SILENT: the loss and the weight; both are mmsegmentation's. DIFFERS: it divides by the
-    number of all pixels, ignored ones included.
+    Measured at the images' own size. Draws the picture. loader, known: see
+    `finetune.evaluate_classifier`.
     """
-    target = target.long()
-    labelled = (target != IGNORED).sum().clamp(min=1)
-
-    def mean(x):
-        return F.cross_entropy(x.float(), target, ignore_index=IGNORED, reduction="sum") / labelled
-
-    return mean(logits) + (0 if aux_logits is None else aux_weight * mean(aux_logits))
+    network, found, classes = train.unwrap(run.network).eval(), {}, len(args.classes)
+    matrix, images = torch.zeros(classes, classes, dtype=torch.long), 0
+    for batch in loader:
+        found |= dict(batch[3])
+        for labels, truth in segment(run, batch, args):
+            matrix += confusion_matrix(labels, truth["map"], classes)
+            images += 1
+    finetune.note_unread(found, known, loader.dataset)
+    matrices, counts = zip(*train.of_all_processes((matrix, images)), strict=True)
+    row = segmentation_scores(sum(matrices))
+    if train.is_main():
+        draw_segmentation(run, loader.dataset, args)
+    network.train()
+    return {name: 100 * value for name, value in row.items()} | {"val_images": sum(counts)}
 
 
 def confusion_matrix(prediction, target, classes):
@@ -128,7 +241,67 @@ def segmentation_scores(matrix):
     }
 
 
-# ---- ADE20K --------------------------------------------------------------------------------------
+# ---- Samples -------------------------------------------------------------------------------------
+
+
+class SegmentationSet(dense.DenseSet):
+    """`dense.DenseSet` of class maps: in training that of a view, (S, S) uint8.
+
+    Evaluation: under "map", and with slide=True "whole", the image with its shorter side resized to
+    S, (3, h, w).
+
+    PAPER SILENT: augmentation. Shorter side S times .5 to 2, crops, flips, colours, as in
+    MMSegmentation, but no second try where one class fills a crop.
+    """
+
+    def __init__(self, *args, slide=False, **options):
+        super().__init__(*args, **options)
+        self.slide = slide  # evaluation is to slide windows over whole images
+        self.distort = v2.ColorJitter(32 / 255, 0.5, 0.5, 18 / 360)  # MMSegmentation's strengths
+
+    def companion(self, index):
+        """A map of nothing known."""
+        return torch.full((self.image_size, self.image_size), IGNORED, dtype=torch.uint8)
+
+    def random_sample(self, image, target, scale):
+        """(image, class map) of a random view of an image (3, H, W)."""
+        size = self.image_size
+        ratio = scale * size / min(image.shape[1:])
+        image, maps = dense.random_view(image, target[None], size=size, ratio=ratio, fill=IGNORED)
+        return self.distort(image), maps[0]
+
+    def measured(self, image, target):
+        """What is known of an image (3, H, W), and what windows slide over."""
+        if not self.slide:
+            return {"map": target}
+        whole = v2.functional.resize(image, [self.image_size], antialias=True)
+        return {"map": target, "whole": whole}
+
+
+def shape_map(shapes, index):
+    """Class map of a picture of `data.Shapes`, (size, size) uint8: 0, or 1 + the object's class."""
+    scene = shapes.scene(index)
+    kinds = torch.tensor([*(obj.kind + 1 for obj in scene), 0], dtype=torch.uint8)
+    return kinds[dense.owners(scene, shapes.size)]  # -1, the background: the last
+
+
+def open_source(path, part, image_size):
+    """Scenes of one part, "train" or "val", of --data; see `dense.open_scenes`."""
+    if path in data.DRAWN:
+        shapes, classes = data.DRAWN[path](part, image_size), ["background", *data.SHAPE_CLASSES]
+        return dense.ShapeScenes(shapes, shape_map, classes)
+    return AdeScenes(path, {"train": "training", "val": "validation"}[part])
+
+
+def random_batch(args):
+    """Random images (B, 3, S, S) uint8 and class maps (B, S, S), as a loader gives them."""
+    generator = torch.Generator().manual_seed(args.seed)
+    B, S, classes = args.batch_size, args.image_size, len(args.classes)
+    images = torch.randint(0, 256, (B, 3, S, S), generator=generator, dtype=torch.uint8)
+    return images, torch.randint(0, classes, (B, S, S), generator=generator)
+
+
+# ---- ADE20K's files ------------------------------------------------------------------------------
 
 
 class AdeScenes(Dataset):
@@ -150,13 +323,12 @@ class AdeScenes(Dataset):
                 coco = any((folder / "annotations").glob("instances_*.json"))
                 hint = "this is COCO's layout, of detection" if coco else "give ADE20K's own layout"
                 raise ValueError(f"{part} is missing: {hint}")
-        self.files = list_images(images)[0]
+        self.files = data.list_images(images)[0]
         self.maps = [str(maps / f"{Path(file).stem}.png") for file in self.files]
         absent = [path for path in self.maps if not os.path.isfile(path)]
         if absent or not self.files:
             what = f"{len(absent)} maps are missing, such as {absent[0]}" if absent else "no images"
             raise ValueError(f"{images}: {what}; get the missing files")
-        self.image_ids = [Path(file).stem for file in self.files]
         self.classes = [f"class {number}" for number in range(1, 151)]
         for path in (folder / "objectInfo.txt", folder / "objectInfo150.txt"):
             if path.is_file():  # number, tab, maybe statistics, tab, names; maybe a title above
@@ -168,7 +340,7 @@ class AdeScenes(Dataset):
 
     def __getitem__(self, i):
         image, labels = Image.open(self.files[i]), Image.open(self.maps[i])
-        size, top, wrong = upright_size(image), len(self.classes), None
+        size, top, wrong = data.upright_size(image), len(self.classes), None
         if labels.size != size:
             wrong = f"has {labels.size} pixels (width, height), its image {size}"
         elif labels.mode not in ("L", "P"):  # a palette's numbers are labels, too
@@ -182,17 +354,30 @@ class AdeScenes(Dataset):
         return image, torch.from_numpy(values - np.uint8(1))  # 0 wraps around to IGNORED
 
 
+# ---- Pictures ------------------------------------------------------------------------------------
+
+
+def draw_segmentation(run, dataset, args):
+    """OUT/pictures/segmentation.png: first readable validation images, truth and prediction."""
+    rows = []
+    for found, truth in segment(run, dense.picture_batch(dataset), args):
+        image = data.to_rgb(dataset.source[truth["index"]][0])
+        drawn = [draw_classes(image, labels, args.classes) for labels in (truth["map"], found)]
+        rows.append([dense.as_square(dense.view(image)), *drawn])
+    dense.save_scenes("segmentation", ("image", "truth", "prediction"), rows, args)
+
+
 def draw_classes(image, labels, names):
     """PIL image and class map (H, W) -> float (3, VIEW, VIEW): each class's area and name.
 
     Names stand in areas of at least 1 % of the image, where these are widest; unknown pixels stay
     as they are. names: of the classes, number 0 first.
     """
-    canvas = np.array(view(image))
-    numbers = np.array(view(Image.fromarray(labels.byte().numpy())))
+    canvas = np.array(dense.view(image))
+    numbers = np.array(dense.view(Image.fromarray(labels.byte().numpy())))
     present = [n for n in np.unique(numbers).tolist() if n != IGNORED]
     for n in present:
-        canvas[numbers == n] = 0.2 * canvas[numbers == n] + 0.8 * class_colour(n)
+        canvas[numbers == n] = 0.2 * canvas[numbers == n] + 0.8 * dense.class_colour(n)
     canvas = Image.fromarray(canvas)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=17)
     for n in present:
@@ -202,87 +387,38 @@ def draw_classes(image, labels, names):
         # Where the most pixels of a neighbourhood are of the class, the border counting as others.
         near = area[None]
         for kernel in ((81, 1), (1, 81)):
-            near = torch.nn.functional.avg_pool2d(near, kernel, 1, [k // 2 for k in kernel])
+            near = F.avg_pool2d(near, kernel, 1, [k // 2 for k in kernel])
         near = near[0] * area
         y, x = divmod(int(near.argmax()), near.shape[1])
         half = draw.textlength(names[n], font) / 2 + 3
         x = min(max(x, half), canvas.width - half)
         draw.text((x, y), names[n], "white", font, "mm", stroke_width=2, stroke_fill="black")
-    return as_square(canvas)
+    return dense.as_square(canvas)
 
 
-# ---- Training and measuring ----------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------
 
 
-def segmentation_terms(run, images, maps, args):
-    """Loss of a batch -> {"loss": scalar}. maps: classes (B, S, S), 255 = not known."""
-    with run.autocast():
-        logits, second = run.network(images)  # (B, classes, S, S) each
-    maps = maps.to(run.device, non_blocking=True)
-    return {"loss": losses.segmentation_loss(logits, maps, second)}
+def parse_args(argv=None):
+    """Command line -> namespace, complete but for what a checkpoint and the data settle."""
+    own = dict(what="Label pixels", layout="ADE20K", width=512, scales=[0.5, 2.0], fits="fills")
+    parser = dense.build_parser("segment", layer_decay=LAYER_DECAY, **own)
+    windows = "measure in windows, at training's scale, or all at once"
+    train.add_flags(parser, "measuring", ("--slide", bool, True, windows))
+    return dense.settle(parser.parse_args(argv), LAYER_DECAY)
 
 
-def segment(run, batch, args):
-    """A batch's class maps -> [(map (H, W), truth {"map", ...})] of its readable images."""
-    images, targets, *_ = batch
-    network, pairs = train.unwrap(run.network), []
-    with run.autocast():
-        if not args.slide:
-            outputs = network(data.to_float(images.to(run.device)))  # (B, classes, S, S)
-    for number, truth in enumerate(targets):
-        if truth is None:
-            continue
-        place = truth["letterbox"]
-        if args.slide:
-            with run.autocast():
-                image = data.to_float(truth["whole"].to(run.device))
-                logits = slide(network, image, args.image_size)
-            place = place._replace(rows=logits.shape[1], columns=logits.shape[2])
-        else:
-            logits = outputs[number]
-        pairs.append((data.maps_to_image(logits, place).argmax(dim=0).cpu(), truth))
-    return pairs
+def main(argv=None):
+    args = parse_args(argv)
+    device = train.start_processes()
+    weights, args = finetune.open_checkpoint(args, "segmenter", SCRIPT, keep=("width",))
+    make_set = partial(SegmentationSet, slide=args.slide)
+    train_set, val_set, args = dense.build_data(args, make_set, open_source)
+    run = build_run(args, weights, device)
+    stopped = dense.train_or_measure(run, train_set, val_set, args)
+    train.stop_processes()
+    return 128 + stopped if stopped else 0
 
 
-def slide(network, image, side):
-    """Mean logits (classes, h, w) of all windows of an image (3, h, w), h and w `side` or more.
-
-    PAPER SILENT: measuring. MMSegmentation's windows, side x side, each two thirds of a side after
-    the one before; the last end where the image ends.
-    """
-    starts, step = [], 2 * side // 3
-    for length in image.shape[1:]:
-        count = 1 + math.ceil((length - side) / step)
-        starts.append([min(i * step, length - side) for i in range(count)])
-    places = [(slice(y, y + side), slice(x, x + side)) for y in starts[0] for x in starts[1]]
-    windows = network(torch.stack([image[:, rows, columns] for rows, columns in places]))
-    total = windows.new_zeros(windows.shape[1], *image.shape[1:])
-    count = torch.zeros_like(total[:1])
-    for (rows, columns), logits in zip(places, windows, strict=True):
-        total[:, rows, columns] += logits
-        count[:, rows, columns] += 1
-    return total / count
-
-
-@torch.no_grad()
-def evaluate_segmenter(run, loader, known, args):
-    """`losses.segmentation_scores` over the whole validation set, in per cent -> row.
-
-    Measured at the images' own size. Draws the picture. loader, known: see `evaluate_classifier`.
-    """
-    network, found, classes = train.unwrap(run.network).eval(), {}, len(args.classes)
-    matrix, images = torch.zeros(classes, classes, dtype=torch.long), 0
-    for batch in loader:
-        found |= dict(batch[3])
-        for labels, truth in segment(run, batch, args):
-            matrix += losses.confusion_matrix(labels, truth["map"], classes)
-            images += 1
-    note_unread(found, known, loader.dataset)
-    matrices, counts = zip(*train.of_all_processes((matrix, images)), strict=True)
-    row = losses.segmentation_scores(sum(matrices))
-    if is_main():
-        draw_scenes("segmentation", run, loader.dataset, args)
-    network.train()
-    return {name: 100 * value for name, value in row.items()} | {"val_images": sum(counts)}
-
-
+if __name__ == "__main__":
+    train.run_script(main)

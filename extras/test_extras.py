@@ -1,0 +1,2030 @@
+"""Tests of extras/, started by test_smoke.py: `python test_smoke.py` runs them last."""
+
+import atexit
+import contextlib
+import functools
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import data
+import finetune
+import losses
+import model
+import train
+from extras import benchmark, cka, compare, dense, detect, export, reconstruct, segment, siblings
+from test_smoke import (
+    FAST,
+    PROBE,
+    RANDOM,
+    TINY,
+    Evil,
+    close,
+    command,
+    finish,
+    gradients,
+    kept_in,
+    launch_pair,
+    log_of,
+    opened_run,
+    raises_value_error,
+    refused,
+    same_weights,
+    save_autoencoder,
+    scratch,
+    tiny_batch,
+    tiny_run,
+    tune,
+    write_folder,
+)
+
+LOOK = ["--data", "shapes", "--workers", "0"]  # for extras/reconstruct.py
+
+
+# ---- Reconstructions -----------------------------------------------------------------------------
+
+
+def set_sums(features, logits=None, parts=1):
+    """`inception_sums` of all images, added up over batches of 7; splits are contiguous."""
+    n, total = len(features), None
+    logits = torch.zeros(n, 4) if logits is None else logits
+    for index in torch.arange(n).split(7):
+        sums = reconstruct.inception_sums(features[index], logits[index], index * parts // n, parts)
+        total = {k: v + total[k] for k, v in sums.items()} if total else sums
+    return total
+
+
+def test_frechet_distance_of_gaussians_equals_the_closed_form():
+    # Along the axes of one rotation, deviations 1, 2, 3 against 2, 2, 5: 1 + 0 + 4, means: 9.
+    rotation = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    cov_x = rotation @ torch.diag(torch.tensor([1.0, 4, 9]).double()) @ rotation.T
+    cov_y = rotation @ torch.diag(torch.tensor([4.0, 4, 25]).double()) @ rotation.T
+    means = torch.zeros(3).double(), torch.tensor([1.0, 2, 2]).double()
+    close(reconstruct.frechet_distance(means[0], cov_x, means[1], cov_y), 14.0, 1e-9)
+    # Covariances that do not commute: the root's trace from the product's own eigenvalues.
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 40, 6, dtype=torch.float64)
+    x, y = x @ (torch.eye(6) + torch.ones(6, 6) / 3).double(), y * torch.arange(1, 7)
+    root = torch.linalg.eigvals(x.T.cov() @ y.T.cov()).sqrt().real.sum()
+    expected = (x.mean(0) - y.mean(0)).square().sum() + x.T.cov().trace() + y.T.cov().trace()
+    sums = [reconstruct.mean_and_covariance(set_sums(part)) for part in (x, y)]
+    close(reconstruct.frechet_distance(*sums[0], *sums[1]), expected - 2 * root, 1e-9)
+
+
+def test_frechet_distance_of_few_images_equals_the_nuclear_norm():
+    # With fewer images than features: Tr (S1 S2)^1/2 = |X1 X2^T|_* / sqrt((n1 - 1) (n2 - 1)).
+    x, y = torch.randn(20, 50).double(), torch.randn(15, 50).double() * 2 + 1
+    centred = [part - part.mean(0) for part in (x, y)]
+    norm = torch.linalg.svdvals(centred[0] @ centred[1].T).sum() / math.sqrt(19 * 14)
+    traces = sum(part.square().sum() / (len(part) - 1) for part in centred)
+    expected = (x.mean(0) - y.mean(0)).square().sum() + traces - 2 * norm
+    sums = [reconstruct.mean_and_covariance(set_sums(part)) for part in (x, y)]
+    close(reconstruct.frechet_distance(*sums[0], *sums[1]) / expected, 1.0, 1e-9)
+    close(reconstruct.frechet_distance(*sums[0], *sums[0]), 0.0, 1e-9)
+
+
+def test_inception_score_is_1_for_uniform_and_the_number_of_classes_for_sure_predictions():
+    features = torch.zeros(20, 2)
+    close(reconstruct.inception_score(set_sums(features, torch.zeros(20, 5), 10)), (1.0, 0.0), 1e-9)
+    sure = torch.full((20, 5), -1e4).scatter(1, (torch.arange(20) % 5)[:, None], 1e4)
+    close(reconstruct.inception_score(set_sums(features, sure, 1)), (5.0, 0.0), 1e-6)
+    # Two parts, one sure and one without a clue: scores 5 and 1.
+    half = torch.cat([sure[:10], torch.zeros(10, 5)])
+    close(reconstruct.inception_score(set_sums(features, half, 2)), (3.0, 2.0), 1e-6)
+    # exp of the mean KL divergence, the slow way.
+    logits = torch.randn(20, 5).double()
+    p = logits.softmax(1)
+    kl = sum((row * (row / p.mean(0)).log()).sum() for row in p) / 20
+    close(reconstruct.inception_score(set_sums(features, logits, 1))[0], kl.exp(), 1e-9)
+
+
+def test_cls_attention_equals_a_slow_softmax():
+    torch.manual_seed(0)
+    mae = model.build_mae("tiny", 32, 8)
+    images = tiny_batch(2)[0]
+    seen = []
+    hook = mae.blocks[-1].attn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    mae.encode(images)
+    hook.remove()
+    maps = reconstruct.cls_attention(mae, images)
+    assert maps.shape == (2, 3, 4, 4)
+    q, k, _ = F.linear(seen[0], mae.blocks[-1].attn.qkv.weight).chunk(3, dim=2)  # biases start at 0
+    for b in range(2):
+        for head in range(3):
+            part = slice(64 * head, 64 * head + 64)
+            scores = [(q[b, 0, part] @ key).item() / 8 for key in k[b, :, part]]
+            expected = torch.tensor(scores).softmax(0)[1:]  # CLS's own weight is left out
+            close(maps[b, head], expected.view(4, 4), 1e-6)
+
+
+def stand_in(classes=1008):
+    """Inception weights of the right shapes whose features differ from image to image."""
+    from torchvision.models import inception_v3
+
+    torch.manual_seed(0)
+    network = inception_v3(num_classes=classes, aux_logits=False, init_weights=False)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    return network.state_dict()
+
+
+def test_inception_pools_as_the_published_network_and_otherwise_is_torchvisions():
+    from torchvision.models import inception_v3
+
+    weights = stand_in(1000)
+    network = inception_v3(num_classes=1000, aux_logits=False, init_weights=False)
+    network.load_state_dict(weights)
+    images = torch.rand(1, 3, 299, 299)
+    with torch.no_grad():
+        features, logits = reconstruct.InceptionFeatures(weights)(images)
+        close(logits, network.eval()(2 * images - 1), 1e-5)
+        assert features.shape == (1, 2048)
+
+    # torchvision's file: no batch counters, and the auxiliary classifier is in it.
+    bare = {k: v for k, v in weights.items() if "num_batches" not in k}
+    bare["AuxLogits.fc.bias"] = torch.zeros(1)
+    assert reconstruct.InceptionFeatures(bare).sizes == (2048, 1000)
+
+    published = reconstruct.InceptionFeatures(stand_in(1008))
+    assert published.sizes == (2048, 1008) and not published.network.training
+    with torch.no_grad():
+        x = torch.rand(1, 192, 5, 5)
+        block = published.network.Mixed_5b
+        total, count = torch.zeros(192, 5, 5), torch.zeros(5, 5)
+        for i, j in [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]:
+            to = (slice(max(0, -i), 5 - max(0, i)), slice(max(0, -j), 5 - max(0, j)))
+            of = (slice(max(0, i), 5 + min(0, i)), slice(max(0, j), 5 + min(0, j)))
+            total[(slice(None), *to)] += x[(0, slice(None), *of)]
+            count[to] += 1
+        average = (total / count)[None]
+        close(block(x)[:, -32:], block.branch_pool.bn(block.branch_pool.conv(average)).relu(), 1e-4)
+        x = torch.rand(1, 2048, 4, 4)
+        block = published.network.Mixed_7c
+        most = F.max_pool2d(F.pad(x, (1, 1, 1, 1), value=-9.0), 3, stride=1)
+        close(block(x)[:, -192:], block.branch_pool.bn(block.branch_pool.conv(most)).relu(), 1e-4)
+        changed = [m for m in published.network.modules() if len(m._forward_pre_hooks)]
+        assert len(changed) == 18  # nine blocks and their pooling branches
+
+
+def test_heat_goes_from_the_darkest_to_the_brightest_colour_of_each_map():
+    maps = torch.tensor([[[0.0, 1.0], [0.5, 0.25]], [[7.0, 7.0], [7.0, 9.0]]])
+    colours = (reconstruct.heat(maps) * 255).round()
+    anchors = torch.tensor(reconstruct.HEAT_COLOURS).float()
+    close(colours[0, :, 0, 0], anchors[0], 0)
+    close(colours[0, :, 0, 1], anchors[-1], 0)
+    close(colours[0, :, 1, 0], anchors[2], 0)  # half way is the middle one of five
+    close(colours[1, :, 0, 0], anchors[0], 0)
+    close(colours[1, :, 1, 1], anchors[-1], 0)
+
+
+def test_checkpoints_are_measured_and_drawn_side_by_side():
+    with scratch() as root:
+        for loss in ("mse", "msg_gan_p"):
+            flags = [*FAST, "--loss", loss, "--limit-images", 8, "--out", root / loss]
+            assert command(*flags, "--epochs", 3, "--eval-every", 2)[0] == 0
+            assert ["psnr_full" in row for row in log_of(root / loss)] == [False, True, True]
+        mse, msg = (root / loss / "checkpoint.pt" for loss in ("mse", "msg_gan_p"))
+        given = [*LOOK, "--val-images", 2, "--checkpoint", mse]
+        both = [*given, msg, "--inception-weights", "none", "--out", root / "both"]
+        assert command(*both, script=reconstruct)[0] == 0
+        both = json.loads((root / "both" / "eval.json").read_text())
+        assert both["images"] == 2 and list(both["results"]) == ["mse", "msg_gan_p"]
+        for row in both["results"].values():
+            assert row["psnr_pasted"] > row["psnr"] and "fid_full" not in row
+        names = ["attention.png", "attention_mse.png", "attention_msg_gan_p.png"]
+        names += ["reconstruction.png"]
+        assert {p.name for p in (root / "both" / "pictures").iterdir()} == set(names)
+        # One alone, with IS and FID.
+        torch.save(stand_in(), root / "inception.pth")
+        given += ["--inception-weights", root / "inception.pth", "--out", root / "alone"]
+        assert command(*given, script=reconstruct)[0] == 0
+        alone = json.loads((root / "alone" / "eval.json").read_text())
+        assert list(alone["results"]) == ["real", "mse"] and "not the file" in alone["inception"]
+        row = alone["results"]["mse"]
+        assert row["psnr_full"] == both["results"]["mse"]["psnr_full"] and row["fid_full"] > 0
+
+
+def test_what_cannot_be_measured_is_refused():
+    with scratch() as root:
+        small, large, touched = root / "small.pt", root / "large.pt", root / "touched"
+        save_autoencoder(small)
+        save_autoencoder(large, "--image-size", "64")
+        look = [*LOOK, "--out", root / "out", "--checkpoint"]
+        status, errors = command(*LOOK, script=reconstruct)
+        assert status == 2 and "required: --checkpoint" in errors
+        refused(*look, "none", names=["none does not exist"], script=reconstruct)
+        refused(*look, small, large, names=["image-size 64", "apart"], script=reconstruct)
+        torch.save({"fc.bias": torch.zeros(1008)}, root / "part.pth")
+        torch.save({1: torch.zeros(2), "fc.bias": torch.tensor(1.0)}, root / "odd.pt")
+        torch.save(dict.fromkeys(("mae", "fc.bias"), Evil(touched)), root / "evil.pt")
+        refused(*look, root / "evil.pt", names=["evil.pt"], script=reconstruct)
+        refused(*look, root / "part.pth", names=["not a checkpoint of train"], script=reconstruct)
+        for file, *names in (
+            (small, "Inception weights", "6726825d"),
+            (root / "part.pth", "missing: Conv2d_1a", "more"),
+            (root / "odd.pt", "odd.pt", "fc.bias has shape ()"),
+            (root / "evil.pt", "evil.pt", "Inception"),
+            (root / "no.pth", "no.pth", "not exist"),
+        ):
+            given = [*look, small, "--inception-weights", file]
+            refused(*given, names=names, script=reconstruct)
+        assert not touched.exists()
+        pickle.loads(pickle.dumps(Evil(touched)))
+        assert touched.exists()  # it would have been
+
+
+def test_an_evaluation_takes_the_images_that_training_held_out():
+    with scratch() as root:
+        write_folder(root / "photos", count=20)  # 40 images, 8 of them held out
+        given = [*LOOK, "--data", root / "photos", "--inception-weights", "none", "--checkpoint"]
+        for seed in (1, 2):
+            flags = [*FAST, "--data", root / "photos", "--out", root / str(seed), "--epochs", 1]
+            assert command(*flags, "--seed", seed, "--val-images", 8)[0] == 0
+        one, two = (root / str(seed) / "checkpoint.pt" for seed in (1, 2))
+        assert command(*given, one, script=reconstruct)[0] == 0
+        found = json.loads((root / "1" / "reconstruct" / "eval.json").read_text())
+        [log] = log_of(root / "1")
+        assert found["images"] == 8 and found["seed"] == 1
+        close(found["results"]["mse"]["psnr_full"], log["psnr_full"], 1e-3)
+        refused(*given, one, two, names=["different images", "val"], script=reconstruct)
+
+
+def test_unreadable_images_are_left_out_of_an_evaluation():
+    with scratch() as root:
+        write_folder(root / "train", count=4)
+        write_folder(root / "val", count=4)
+        flags = [*FAST, "--data", root, "--out", root / "run"]
+        assert command(*flags, "--epochs", 1)[0] == 0
+        (root / "val" / "a" / "2.png").write_text("not an image")
+        given = ["--checkpoint", root / "run" / "checkpoint.pt", "--data", root, "--workers", 0]
+        given += ["--inception-weights", "none", "--out", root / "out"]
+        status, errors = command(*given, script=reconstruct)
+        result = json.loads((root / "out" / "eval.json").read_text())
+        assert status == 0 and "left out" in errors and "a/2.png" in errors
+        assert (result["images"], result["unreadable"]) == (7, 1)
+
+
+def test_two_processes_measure_pictures_as_one_does():
+    with scratch() as root:
+        save_autoencoder(root / "g.pt", "--loss", "msg_gan_p")
+        torch.save(stand_in(), root / "inception.pth")
+        given = [*LOOK, "--checkpoint", root / "g.pt", "--val-images", 3]
+        given += ["--inception-weights", root / "inception.pth"]
+        two = [*given, "--batch-size", 2, "--out", root / "2"]
+        ranks = launch_pair("-m", "extras.reconstruct", *two)
+        one = [*given, "--batch-size", 4, "--out", root / "1"]
+        assert command(*one, script=reconstruct)[0] == 0
+        finish(ranks)
+        one, two = (json.loads((root / n / "eval.json").read_text()) for n in "12")
+        assert one["images"] == two["images"] == 3
+        assert set(one["results"]) == {"real", "msg_gan_p"}
+        for name, row in one["results"].items():
+            for metric, value in row.items():
+                close(two["results"][name][metric], value, 1e-4 * max(1, abs(value)))
+
+
+# ---- Export --------------------------------------------------------------------------------------
+
+
+def test_weights_get_the_names_of_other_projects():
+    torch.manual_seed(0)
+    mae = model.build_mae("tiny", 32, 8)
+    ours = mae.state_dict()
+    theirs = export.to_hf(ours)
+    qkv = ours["blocks.3.attn.qkv.bias"]
+    layer = "vit.encoder.layer.3.attention.attention"
+    attention = "decoder.decoder_layers.0.attention.output.dense.bias"
+    expected = {
+        "vit.embeddings.cls_token": ours["cls_token"],
+        "vit.embeddings.patch_embeddings.projection.weight": ours["patch_embed.proj.weight"],
+        f"{layer}.query.bias": qkv[:192],
+        f"{layer}.key.bias": qkv[192:384],
+        f"{layer}.value.bias": qkv[384:],
+        "vit.encoder.layer.5.output.dense.weight": ours["blocks.5.mlp.fc2.weight"],
+        "vit.layernorm.weight": ours["norm.weight"],
+        "decoder.mask_token": ours["mask_token"],
+        attention: ours["decoder_blocks.0.attn.proj.bias"],
+        "decoder.decoder_layers.3.layernorm_before.weight": ours["decoder_blocks.3.norm1.weight"],
+        "decoder.decoder_pred.bias": ours["decoder_pred.bias"],
+    }
+    assert all(torch.equal(theirs[k], v) for k, v in expected.items())
+    assert len(theirs) == len(ours) + 4 * (6 + 4)  # query, key and value apart in ten blocks
+    back, left_out = model.from_others(theirs)
+    assert left_out == [] and back.keys() == ours.keys()
+    assert all(torch.equal(back[k], v) for k, v in ours.items())
+
+
+def test_exported_weights_start_other_runs():
+    with scratch() as root:
+        source = root / "checkpoint.pt"
+        save_autoencoder(source)
+        ours = kept_in(root)["mae"]
+        for kind, kept in (("mae", 134), ("timm", 78), ("hf", 174)):
+            file = root / f"{kind}.pt"
+            given = ["--checkpoint", source, "--format", kind, "--out", file]
+            assert command(*given, script=export)[0] == 0
+            written = torch.load(file, weights_only=True)
+            assert len(written["model"] if kind == "mae" else written) == kept
+            run, args = tiny_run("--loss", "msg_gan", "--init", str(file), "--seed", "1")
+            fresh = {k: v.clone() for k, v in run.mae.state_dict().items()}
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
+                train.initialise(run, args)
+            for name, value in run.mae.state_dict().items():
+                other = name.startswith(("decoder_fuse", "decoder_rgb"))
+                other |= kind == "timm" and name.startswith(("decoder_", "mask_token"))
+                assert torch.equal(value, fresh[name] if other else ours[name]), (kind, name)
+            assert "took 78 tensors of the encoder" in output.getvalue(), output.getvalue()
+            given = ["--checkpoint", file, "--task", "knn", *PROBE, "--limit-images", 20]
+            assert tune(*given, "--out", root / "knn") == (0, "")
+        msg = [*FAST, "--loss", "msg_gan", "--init", source, "--out", root, "--resume", "off"]
+        assert command(*msg, "--limit-images", 4, "--epochs", 1)[0] == 0
+        hf = ["--checkpoint", source, "--format", "hf", "--out", root / "x.pt"]
+        refused(*hf, names=["decoder_rgb", "timm"], script=export)
+        status, errors = command("--out", root / "x.pt", script=export)
+        assert status == 2 and "required: --checkpoint" in errors
+        written = ["--checkpoint", source, "--out"]
+        refused(*written, root / "no" / "x.pt", names=["no/x.pt", "cannot write"], script=export)
+        torch.save({"mae": Evil(root / "touched")}, root / "evil.pt")
+        evil = ["--checkpoint", root / "evil.pt", "--out", root / "x.pt"]
+        refused(*evil, names=["evil.pt", "not a checkpoint"], script=export)
+        evil = ["--checkpoint", root / "timm.pt", "--out", root / "x.pt"]
+        refused(*evil, names=["timm.pt is not a checkpoint"], script=export)
+        assert not (root / "touched").exists() and not (root / "x.pt").exists()
+        with mock.patch.dict(sys.modules, {"safetensors": None, "safetensors.torch": None}):
+            names = ["pip install safetensors"]
+            refused(*written, root / "x.safetensors", names=names, script=export)
+
+
+def test_a_network_that_is_more_than_a_plain_autoencoder_gives_its_encoder():
+    torch.manual_seed(0)
+    plain = model.build_mae("tiny", 32, 8).state_dict()
+    encoder = {k: v for k, v in plain.items() if not k.startswith(("decoder_", "mask_token"))}
+    more = plain | {"teacher.cls_token": torch.ones(1), "projector.weight": torch.ones(2)}
+    msg = model.build_mae("tiny", 32, 8, "msg_mae", 4).state_dict()
+    assert export.chosen(plain, "mae").keys() == plain.keys()
+    for weights in (more, msg):
+        for names in ("mae", "timm"):
+            assert export.chosen(weights, names).keys() == encoder.keys()
+        raises_value_error(export.to_hf, weights, says="timm and mae take the encoder alone")
+
+
+# ---- Seeds against each other --------------------------------------------------------------------
+
+
+def write_logs(folder, **logs):
+    """FOLDER/TASK/log.jsonl, or FOLDER/log.jsonl for `own`, whose last row is `logs[task]`."""
+    for task, row in logs.items():
+        log = folder / task / "log.jsonl" if task != "own" else folder / "log.jsonl"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(json.dumps({"top1": -1.0, "psnr": -1.0}) + "\n" + json.dumps(row) + "\n")
+
+
+def test_seeds_are_compared_by_hand_values():
+    with scratch() as root:
+        refused(root, names=["there must be logs"], script=compare)
+        write_logs(root / "flat" / "runs" / "mse", knn={"top1": 1.0})  # RUNS/ROW/TASK
+        refused(root / "flat", names=["mse/knn/log.jsonl", "ROW/SEED"], script=compare)
+        root = root / "seeds"
+        for seed, psnr, top1 in ((0, 17.0, 40.0), (1, 18.0, 44.0), (2, 16.0, 42.0)):
+            write_logs(root / "mse" / str(seed), own={"psnr": psnr}, knn={"top1": top1})
+            more = {"top1": top1 + seed + 1}  # 1, 2 and 3 better
+            write_logs(root / "ls_gan" / str(seed), own={"psnr": psnr - 2}, knn=more)
+        write_logs(root / "random" / "1", knn={"top1": 30.0})
+        write_logs(root / "ms_ssim" / "0", own={"pixel": 0.5})  # stopped between measurements
+        with open(root / "mse" / "2" / "log.jsonl", "a") as log:
+            log.write('{"epoch": 2, "ps')  # a full disk
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            assert not compare.main([str(root)])
+        found = json.loads((root / "compare.json").read_text())
+        assert list(found) == ["psnr", "knn top1"]
+        assert list(found["knn top1"]) == ["mse", "ls_gan", "random"]  # as in `LOSSES`, then others
+        assert "ms_ssim" not in found["psnr"]
+        assert f"{root / 'ms_ssim' / '0' / 'log.jsonl'} is left out" in printed.getvalue()
+        mse, ls_gan, random = found["knn top1"].values()
+        close([mse["mean"], mse["error"]], [42, 2 / 3**0.5], 1e-9)
+        close([ls_gan["difference"], ls_gan["difference_error"]], [2, 1 / 3**0.5], 1e-9)
+        assert random["difference"] == 30 - 44 and random["difference_error"] is None
+        close(found["psnr"]["ls_gan"]["difference"], -2, 1e-9)
+        assert ls_gan["values"] == {"0": 41, "1": 46, "2": 45} and random["error"] is None
+        stars = [line for line in printed.getvalue().splitlines() if "*" in line][1:]
+        assert len(stars) == 2 and all(line.startswith("ls_gan ") for line in stars), stars
+        assert Image.open(root / "compare.png").width > 500
+
+
+def test_ticks_of_a_chart_are_round_and_enough():
+    assert compare.round_ticks(-0.5, 4.5) == [0, 1, 2, 3, 4]
+    close(compare.round_ticks(0.399, 0.427), [0.4, 0.41, 0.42], 1e-12)
+    rng = np.random.default_rng(0)
+    for low, exponent in zip(rng.normal(0, 50, 200), rng.uniform(-4, 4, 200), strict=True):
+        ticks = compare.round_ticks(low, high := low + 10**exponent)
+        assert 2 <= len(ticks) <= 6 and low <= ticks[0] <= ticks[-1] <= high, (low, high, ticks)
+        step = f"{ticks[1] - ticks[0]:.0e}"
+        assert step[0] in "125", (low, high, ticks)
+    with (
+        scratch() as root,
+        mock.patch.object(compare, "round_ticks", wraps=compare.round_ticks) as spy,
+    ):
+        compare.save_dots(root / "equal.png", {"top-1, %": {"mse": [80.0, 80.0]}})  # in the middle
+        close(spy.call_args.args, [79.5, 80.5], 1e-9)
+
+
+# ---- Cost ----------------------------------------------------------------------------------------
+
+
+def test_benchmark_averages_steps_with_lazy_regularisers_in():
+    # A clock in which a step takes 1 s, 5 s where its place in a round of 4 is the path length's,
+    # and 100 s twice by accident, one of them a warm-up: (5 + 1 + 1 + 1) / 4.
+    now, steps = [0.0], []
+
+    def step(run, batches, active, progress, args):
+        steps.append(progress["step"])
+        assert run.ada.p == 0.5 and active
+        now[0] += 100 if len(steps) in (1, 9) else 5 if progress["step"] == 0 else 1
+        return {}
+
+    clock, printed = SimpleNamespace(perf_counter=lambda: now[0]), io.StringIO()
+    step_alone = mock.patch.multiple(train, step_gradients=step, update=lambda run, apply: None)
+    timed = mock.patch.object(benchmark, "time", clock)
+    with step_alone, timed, contextlib.redirect_stdout(printed):
+        benchmark.main([*FAST, "--loss", "stylegan2_ada_p", "--steps", "11"])
+    assert steps == [0, 0, *range(4), *range(4), *range(4)]  # 2 to warm up, 11 made whole rounds
+    row = json.loads(printed.getvalue())
+    assert row["seconds_per_step"] == 2.0 and row["images_per_second"] == 2.0
+
+
+def test_a_benchmark_of_all_rows_prints_each_relative_to_mse():
+    def run(command, **options):  # the row's own process; here within this one
+        assert command[:3] == [sys.executable, "-m", "extras.benchmark"]
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            status = benchmark.main(command[3:])
+        return SimpleNamespace(returncode=status, stdout=printed.getvalue())
+
+    output, flags = io.StringIO(), [*TINY, "--steps", "1", "--batch-size", "2"]
+    fake = dict(all_rows=lambda: ("mse", "ls_gan"), subprocess=mock.Mock(run=run))
+    with mock.patch.multiple(benchmark, **fake), contextlib.redirect_stdout(output):
+        assert benchmark.main([*flags, "--loss", "all"]) == 0
+    rows = [line.split() for line in output.getvalue().splitlines()[1:]]
+    assert [row[0] for row in rows] == ["mse", "ls_gan"] and float(rows[0][1]) == 1
+    close(float(rows[1][1]), float(rows[1][2]) / float(rows[0][2]), 0.1 * float(rows[1][1]))
+    with mock.patch.dict("os.environ", RANK="0"):
+        refused(*TINY, "--loss", "all", names=["--loss all", "torchrun"], script=benchmark)
+
+
+def benchmark_of(*flags):
+    """The row that extras/benchmark.py prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert benchmark.main([*flags, *TINY[:6], "--batch-size", "2", "--steps", "1"]) == 0
+    return json.loads(printed.getvalue())
+
+
+def test_a_benchmark_needs_no_weights_and_counts_what_is_trained():
+    for loss in ("dvae_p", "vgg_p"):
+        row = benchmark_of("--loss", loss)
+        assert row["loss"] == loss and row["parameters_d"] == 0 and row["batch_size"] == 2
+        weights = model.build_mae("tiny", 32, 8).parameters()
+        assert row["parameters_g"] == sum(p.numel() for p in weights if p.requires_grad)
+    probe, tuned = (benchmark_of("--task", task) for task in ("linear", "finetune"))
+    assert probe["parameters_trained"] == 192 * 1000 + 1000  # a thousand classes, as ImageNet
+    assert tuned["parameters_trained"] == tuned["parameters"] == probe["parameters"]
+
+
+DENSE_SCRIPTS = {"detect": detect, "segment": segment}
+SCENE_SETS = {"detect": detect.DetectionSet, "segment": segment.SegmentationSet}
+UNTRAINED = ["--checkpoint", "none", "--model", "nano", "--image-size", "32", "--patch-size", "8"]
+UNTRAINED += ["--width", "16", "--workers", "0"]
+
+
+# ---- Average precision, mean IoU -----------------------------------------------------------------
+
+
+def ap_of(truth, found, *, crowd=(), area=None, masks=False):
+    """`detect.coco_ap` of one image and class; truth: [box]; found: [(score, box)], xyxy."""
+
+    def pack(boxes):
+        boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+        drawn = torch.zeros(len(boxes), 64, 64, dtype=torch.bool)
+        for mask, (left, top, right, bottom) in zip(drawn, boxes.int().tolist(), strict=True):
+            mask[top:bottom, left:right] = True
+        return {"labels": torch.ones(len(boxes)), "boxes": boxes, "masks": drawn}
+
+    objects = pack(truth) | {"crowd": torch.zeros(len(truth), dtype=torch.bool)}
+    objects["crowd"][list(crowd)] = True
+    objects["area"] = objects["masks"].sum((1, 2)).float() if area is None else torch.tensor(area)
+    detections = pack([box for _, box in found]) | {"scores": torch.tensor([s for s, _ in found])}
+    return detect.coco_ap([detect.match_detections(detections, objects, masks=masks)])
+
+
+ONE, TWO = [0, 0, 10, 10], [20, 0, 30, 10]  # two objects
+FAR = [40, 40, 50, 50]  # where there is none
+
+
+def test_average_precision_has_its_hand_values():
+    for truth, found, expected in (
+        ([ONE], [(0.9, ONE)], 1.0),
+        ([ONE], [(0.9, [0, 0, 8, 10])], 0.7),  # IoU .8 passes .5, .55, ..., .8
+        ([ONE], [(0.9, [0, 0, 6, 10])], 0.3),
+        ([ONE], [(0.9, [0, 0, 5, 10])], 0.1),
+        ([ONE], [(0.9, FAR), (0.8, ONE)], 0.5),  # precision 1/2 at every recall
+        ([ONE], [(0.9, ONE), (0.8, ONE), (0.7, FAR)], 1.0),  # what is wrong below costs nothing
+        ([ONE, TWO], [(0.9, ONE)], 51 / 101),  # recalls 0 to .50
+        ([ONE, TWO], [(0.9, ONE), (0.8, FAR), (0.7, TWO)], (51 + 50 * 2 / 3) / 101),
+        (
+            [ONE, TWO],
+            [(0.9, ONE), (0.8, ONE), (0.7, TWO)],
+            (51 + 50 * 2 / 3) / 101,
+        ),  # a duplicate is wrong
+        ([ONE], [], 0.0),
+        ([], [(0.9, FAR)], -1.0),
+    ):
+        close(ap_of(truth, found)["ap"], expected, 1e-12)
+        close(ap_of(truth, found, masks=True)["ap"], expected, 1e-12)  # rectangles
+
+
+def test_average_precision_lets_crowds_and_other_sizes_count_neither_way():
+    assert ap_of([ONE], [(0.9, ONE)], crowd=[0])["ap"] == -1
+    crowded = [(0.9, [20, 0, 24, 4]), (0.8, [25, 5, 29, 9]), (0.7, ONE)]  # two wholly in the crowd
+    for masks in (False, True):
+        assert ap_of([ONE, TWO], crowded, crowd=[1], masks=masks)["ap"] == 1
+    large = [0, 0, 50, 50]  # 2500 pixels: medium
+    scores = ap_of([large, TWO], [(0.9, large), (0.8, FAR)])
+    assert (scores["ap_medium"], scores["ap_small"], scores["ap_large"]) == (1, 0, -1)
+    # Sizes are of the listed area, whatever that of the box.
+    assert ap_of([ONE], [(0.9, ONE)], area=[1e4])["ap_large"] == 1
+
+
+def test_average_precision_pools_images_by_score_and_averages_classes():
+    one = {"labels": torch.tensor([1]), "boxes": torch.tensor([ONE]), "scores": torch.tensor([0.5])}
+    truth = {
+        "labels": torch.tensor([1]),
+        "boxes": torch.tensor([ONE]),
+        "area": torch.tensor([100.0]),
+    }
+    truth["crowd"] = torch.tensor([False])
+    wrong = one | {"boxes": torch.tensor([FAR]), "scores": torch.tensor([0.9])}
+    pair = [detect.match_detections(one, truth), detect.match_detections(wrong, truth)]
+    close(detect.coco_ap(pair)["ap"], 51 / 101 / 2, 1e-12)  # the better score is the wrong one
+    other = {k: v + 1 if k == "labels" else v for k, v in truth.items()}
+    missed = detect.match_detections(wrong, other)  # class 2 was never found
+    close(detect.coco_ap([pair[0], missed])["ap"], (1 / 2 + 0) / 2, 1e-12)
+
+
+def test_segmentation_scores_have_their_hand_values():
+    target, prediction = torch.tensor([0, 0, 1, 1, 2, 255]), torch.tensor([0, 1, 1, 1, 0, 2])
+    matrix = segment.confusion_matrix(prediction, target, 4)  # class 3 is nowhere
+    scores = segment.segmentation_scores(matrix)
+    close(scores["pixel_accuracy"], 0.6, 1e-12)
+    close(scores["miou"], (1 / 3 + 2 / 3 + 0) / 3, 1e-12)
+    close(scores["miou_all"], (1 / 3 + 2 / 3 + 0 + 0) / 4, 1e-12)
+    assert matrix.sum() == 5 and matrix[0, 1] == 1  # truth 0, called 1
+
+
+# ---- Objects and class maps ----------------------------------------------------------------------
+
+
+def slow_polygon(polygon, height, width):
+    """COCO's rule in plain Python, one step of the outline at a time."""
+    corners = [int(5 * value + 0.5) for value in polygon]
+    corners = list(zip(corners[::2], corners[1::2], strict=True))
+    points = []
+    for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
+        wide, steps = abs(x1 - x0) >= abs(y1 - y0), max(abs(x1 - x0), abs(y1 - y0))
+        back = x0 > x1 if wide else y0 > y1
+        (ax, ay), (bx, by) = ((x1, y1), (x0, y0)) if back else ((x0, y0), (x1, y1))
+        for n in range(steps + 1):
+            n = steps - n if back else n
+            if wide:
+                slope = (by - ay) / steps if steps else 0
+                points.append((ax + n, int(ay + slope * n + 0.5)))
+            else:
+                points.append((int(ax + (bx - ax) / steps * n + 0.5), ay + n))
+    mask = np.zeros((height, width), bool)
+    for (u0, v0), (u1, v1) in itertools.pairwise(points):
+        column, row = (min(u0, u1) + 0.5) / 5 - 0.5, math.ceil((min(v0, v1) + 0.5) / 5 - 0.5)
+        if u0 != u1 and column == int(column) and 0 <= column < width:
+            # All that follows changes sides, in later columns, too: outlines close and undo it.
+            flat = mask.T.reshape(-1).copy()
+            flat[int(column) * height + min(max(row, 0), height) :] ^= True
+            mask = flat.reshape(width, height).T
+    return mask
+
+
+def test_polygons_cover_the_pixels_that_coco_gives_them():
+    box = detect.polygons_to_mask([[2, 2, 6, 2, 6, 5, 2, 5]], 8, 9)
+    expected = np.zeros((8, 9), bool)
+    expected[2:5, 2:6] = True  # 12 pixels, where PIL fills 20
+    assert (box == expected).all()
+    assert detect.polygons_to_mask([[2.5, 2.5, 6.5, 2.5, 6.5, 5.5, 2.5, 5.5]], 8, 9).sum() == 12
+    both = detect.polygons_to_mask([[0, 0, 3, 0, 3, 3, 0, 3], [2, 2, 6, 2, 6, 5, 2, 5]], 8, 9)
+    assert both.sum() == 9 + 12 - 1  # parts unite where they meet
+    rng = np.random.default_rng(0)
+    for _ in range(40):  # partly outside of the image
+        polygon = rng.uniform(-4, 16, 2 * rng.integers(3, 8)).round(2).tolist()
+        assert (detect.polygons_to_mask([polygon], 11, 13) == slow_polygon(polygon, 11, 13)).all()
+
+
+def test_run_lengths_are_compressed_as_coco_does_and_come_back():
+    mask = np.array([[0, 1, 1], [0, 1, 0]], bool)  # by columns: 0 0, 1 1, 1 0
+    assert detect.mask_to_rle(mask) == {"size": [2, 3], "counts": "231"}
+    # Runs 0, 4, 2, 1: the fourth is 1 - 4 = -3, 29 in five bits; 29 + 48 is M.
+    assert detect.mask_to_rle(np.array([[1, 1, 1, 1, 0, 0, 1]], bool))["counts"] == "042M"
+    assert detect.mask_to_rle(np.zeros((40, 1), bool))["counts"] == "X1"  # 40 = 8 + 32 * 1
+    rng = np.random.default_rng(0)
+    for share in (0, 0.003, 0.1, 0.5, 1):
+        mask = rng.random((31, 47)) < share
+        packed = detect.mask_to_rle(mask)
+        assert (detect.rle_to_mask(packed["counts"], 31, 47) == mask).all()
+        runs = [0] * int(mask[0, 0]) + [len(list(g)) for _, g in itertools.groupby(mask.T.ravel())]
+        assert (detect.rle_to_mask(runs, 31, 47) == mask).all()
+        message = refusal(detect.rle_to_mask, packed["counts"], 31, 46)
+        assert "1457 pixels, not 31 x 46" in message
+
+
+def refusal(function, *args, **options):
+    """The message of the ValueError that a call must raise; it must have one line."""
+    try:
+        function(*args, **options)
+    except ValueError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    raise AssertionError("no ValueError")
+
+
+def coco_content():
+    """A tiny instances file: image 9 has a square and a crowd, image 4 nothing."""
+    square = {"id": 0, "image_id": 9, "category_id": 7, "bbox": [1, 2, 3, 4], "area": 11.5}
+    square |= {"iscrowd": 0, "segmentation": [[1, 2, 4, 2, 4, 6, 1, 6]]}
+    crowd = {"id": 1, "image_id": 9, "category_id": 90, "bbox": [0, 0, 1, 8], "area": 8}
+    crowd |= {"iscrowd": 1, "segmentation": {"size": [8, 12], "counts": [0, 8, 88]}}
+    return {
+        "images": [
+            {"id": number, "file_name": f"{number}.jpg", "width": 12, "height": 8}
+            for number in (9, 4)
+        ],
+        "categories": [{"id": 90, "name": "kite"}, {"id": 7, "name": "train"}],
+        "annotations": [square, crowd],
+    }
+
+
+def write_coco(root, content=None):
+    """Both splits of a data set in COCO's layout."""
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val"):
+        (root / f"{split}2017").mkdir(exist_ok=True)
+        for number in (9, 4):
+            Image.new("RGB", (12, 8), (number, 0, 0)).save(root / f"{split}2017" / f"{number}.jpg")
+        text = content if isinstance(content, str) else json.dumps(content or coco_content())
+        (root / "annotations" / f"instances_{split}2017.json").write_text(text)
+
+
+def write_ade(root, size=(12, 8), top=3):
+    """Both splits of a data set in ADE20K's layout, of three named classes."""
+    for split in ("training", "validation"):
+        for kind, suffix in (("images", "jpg"), ("annotations", "png")):
+            folder = root / kind / split
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in range(3):
+                picture = Image.new("RGB", (12, 8), (90, 90, 90))
+                if kind == "annotations":
+                    picture = Image.new("L", size, 0)
+                    picture.putpixel((1, 0), top)
+                picture.save(folder / f"{number}.{suffix}")
+    (root / "objectInfo.txt").write_text("Idx\tRatio\tName\n1\t.5\twall\n2\t.3\tsky\n3\t.2\ttree\n")
+
+
+def scenes_refused(script, path):
+    """What a script says of a --data that does not fit."""
+    return refusal(dense.open_scenes, script.open_source, str(path), 8)
+
+
+def test_coco_scenes_read_what_the_files_say():
+    with scratch() as root:
+        write_coco(root)
+        scenes = detect.CocoScenes(root, "train")
+        image, target = scenes[1]
+        empty = scenes[0][1]
+    assert (scenes.image_ids, scenes.category_ids, scenes.classes) == (
+        [4, 9],
+        [7, 90],
+        ["train", "kite"],
+    )
+    assert image.size == (12, 8) and target["labels"].tolist() == [1, 2]
+    assert target["boxes"].tolist() == [[1, 2, 4, 6], [0, 0, 1, 8]]
+    assert target["crowd"].tolist() == [False, True] and target["area"].tolist() == [11.5, 8]
+    expected = torch.zeros(2, 8, 12, dtype=torch.bool)
+    expected[0, 2:6, 1:4] = expected[1, :, 0] = True
+    assert torch.equal(target["masks"], expected)
+    assert empty["boxes"].shape == (0, 4) and empty["masks"].shape == (0, 8, 12)
+
+
+def test_coco_scenes_refuse_what_does_not_fit_in_one_line():
+    def changed(key, **values):
+        content = coco_content()
+        content[key][-1] |= values
+        return content
+
+    torn = json.dumps(coco_content())[:-30]
+    mask = {"size": [8, 11], "counts": [88]}
+    for content, words in (
+        (torn, "torn or not COCO's"),
+        ("[]", "torn or not COCO's"),
+        ('{"images": []}', "torn or not COCO's"),
+        (changed("annotations", image_id=5), "annotation 1 is of image 5, which is not listed"),
+        (changed("annotations", category_id=8), "annotation 1 is of category 8"),
+        (changed("annotations", bbox=[1, 2]), "annotation 1 has a box of 2 numbers"),
+        (changed("annotations", segmentation=mask), "mask of [8, 11], its image [8, 12]"),
+        (changed("images", file_name="none.jpg"), "not there, such as"),
+    ):
+        with scratch() as root:
+            write_coco(root, content)
+            message = scenes_refused(detect, root)
+            assert words in message and str(root / "annotations") in message, message
+    with scratch() as root:
+        write_coco(root)
+        Image.new("RGB", (12, 9)).save(root / "val2017" / "4.jpg")
+        message = scenes_refused(detect, root)
+        assert "4.jpg has (12, 9) pixels" in message
+        assert "is ADE20K's layout" not in refusal(detect.CocoScenes, root / "train2017", "val")
+
+
+def test_ade_scenes_read_their_files_and_refuse_what_does_not_fit():
+    with scratch() as root:
+        write_ade(root)
+        scenes = segment.AdeScenes(root, "validation")
+        image, target = scenes[2]
+        assert scenes.classes == ["wall", "sky", "tree"] and image.size == (12, 8)
+        assert target.shape == (8, 12) and target.dtype == torch.uint8
+        assert target[0, 1] == 2 and (target == 255).sum() == 95  # 3 is class 2, 0 is ignored
+        for changes, words in (
+            ({"top": 4}, "0.png has label 4, beyond the 3 classes"),
+            ({"size": (8, 12)}, "0.png has (8, 12) pixels (width, height), its image (12, 8)"),
+        ):
+            write_ade(root, **changes)
+            assert words in scenes_refused(segment, root)
+        (root / "annotations" / "training" / "1.png").unlink()
+        assert "1 maps are missing, such as" in refusal(segment.AdeScenes, root, "training")
+        (root / "objectInfo.txt").unlink()
+        assert len(segment.AdeScenes(root, "validation").classes) == 150
+
+
+def test_each_task_recognises_the_other_tasks_layout():
+    with scratch() as root:
+        write_coco(root / "coco")
+        write_ade(root / "ade")
+        words = scenes_refused(detect, root / "ade")
+        assert "this is ADE20K's layout, of segmentation" in words
+        words = scenes_refused(segment, root / "coco")
+        assert "this is COCO's layout, of detection" in words
+        assert "does not exist" in scenes_refused(detect, "none")
+
+
+def test_shapes_give_the_visible_part_of_each_object():
+    shapes = data.Shapes("val", 32)
+    back, hidden, front = (
+        data.DrawnObject(kind, x, 0.5, radius, 0, "plain", 0, 0.1, 0, ())
+        for kind, x, radius in ((2, 0.4, 0.3), (5, 0.6, 0.05), (0, 0.6, 0.2))
+    )
+    with mock.patch.object(shapes, "scene", lambda index: [back, hidden, front]):
+        target, kinds = detect.shape_objects(shapes, 0), segment.shape_map(shapes, 0)
+    expected = torch.zeros(32, 32, dtype=torch.uint8)
+    for row, column in itertools.product(range(32), repeat=2):
+        x, y = (column + 0.5) / 32, (row + 0.5) / 32
+        if max(abs(x - 0.4), abs(y - 0.5)) <= 0.3 * 0.7071:  # the square of class 2
+            expected[row, column] = 3
+        if math.hypot(x - 0.6, y - 0.5) <= 0.2:  # the disc before it, and before the cross
+            expected[row, column] = 1
+    assert torch.equal(kinds, expected)
+    assert target["labels"].tolist() == [3, 1]
+    assert torch.equal(target["masks"], torch.stack([expected == 3, expected == 1]))
+    assert target["area"].tolist() == [(expected == 3).sum(), (expected == 1).sum()]
+    # The disc: 12.8 to 25.6 by 9.6 to 22.4 px, so the centres 13.5 to 25.5 by 10.5 to 21.5.
+    assert target["boxes"][1].tolist() == [13, 10, 26, 22]
+
+
+def scene_set(task, source, indices, *, image_size=16, seed=0, scales=(0.5, 2.0), **options):
+    """A task's set of samples."""
+    common = dict(image_size=image_size, seed=seed, scales=scales)
+    return SCENE_SETS[task](source, indices, **common, **options)
+
+
+def shapes_set(task):
+    """Samples of shapes 48 px wide, at 32 px."""
+    source = DENSE_SCRIPTS[task].open_source("shapes", "train", 48)
+    return scene_set(task, source, range(6), image_size=32, seed=3)
+
+
+def test_dense_samples_depend_on_seed_epoch_and_index_alone():
+    for task in DENSE_SCRIPTS:
+        dataset = shapes_set(task)
+        torch.manual_seed(1)
+        before = torch.get_rng_state()
+        first = [dataset[(1, index)] for index in range(6)]
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(2)
+        for index in (4, 0, 2):  # in any order
+            assert_close(shapes_set(task)[(1, index)], first[index], rtol=0, atol=0)
+        assert not torch.equal(dataset[(2, 0)][0], first[0][0])
+        images, targets, _, bad = data.collate(first)
+        assert images.shape == (6, 3, 32, 32) and images.dtype == torch.uint8 and not bad
+        shape = targets.shape if task == "segment" else len(targets)
+        assert shape == ((6, 32, 32) if task == "segment" else 6)
+
+
+def test_maps_stay_on_their_image_in_random_views():
+    rows, columns = torch.arange(60)[:, None], torch.arange(90)
+    truth = ((rows // 15 + columns // 15) % 2).byte()  # a chessboard, its colours its classes
+    image = (truth * 255).expand(3, -1, -1).contiguous()
+    views = set()
+    for ratio in (0.35, 0.5, 0.8, 1.3, 2.6):
+        for seed in range(8):
+            torch.manual_seed(seed)
+            view, maps = dense.random_view(image, truth[None], size=64, ratio=ratio, fill=255)
+            inside = maps[0] != 255
+            white, clear = view[0] > 127, (view[0] - 127.5).abs() > 10  # no tie of two fields
+            assert (white == (maps[0] == 1))[inside & clear].all(), ratio
+            assert (view[:, ~inside].T == torch.tensor(data.MEAN_COLOUR)).all()
+            height, width = inside.any(1).sum().item(), inside.any(0).sum().item()
+            assert inside[:height, :width].all()  # the rest is at the right and the bottom
+            expected = [min(64, round(60 * ratio)), min(64, round(90 * ratio))]
+            assert [height, width] == expected
+            views.add(maps.numpy().tobytes())
+    assert len(views) > 20  # of 40: mirrored only, where nothing is cut off
+
+
+def test_boxes_end_where_the_last_pixel_of_their_mask_ends():
+    masks = torch.zeros(3, 6, 8, dtype=torch.bool)
+    masks[0, 2, 3] = True
+    masks[1, 1:4, 2:7] = True
+    masks[2, 0, 0] = masks[2, 5, 7] = True
+    assert detect.mask_boxes(masks).tolist() == [[3, 2, 4, 3], [2, 1, 7, 4], [0, 0, 8, 6]]
+    target = detect.objects_in(torch.stack([masks[0] * 0, masks[1]]), torch.tensor([4, 5]))
+    assert target["labels"].tolist() == [5] and target["boxes"].tolist() == [[2, 1, 7, 4]]
+
+
+def test_training_leaves_out_crowds_and_evaluation_keeps_them():
+    with scratch() as root:
+        write_coco(root)
+        scenes = detect.CocoScenes(root, "train")
+        trained = scene_set("detect", scenes, [0, 1], scales=(1.0, 1.0))
+        measured = scene_set("detect", scenes, [1], augment=False)
+        _, target, _, _ = trained[(1, 1)]
+        assert target["labels"].tolist() == [1] and target["masks"].shape == (1, 16, 16)
+        nothing = trained[(1, 0)][1]
+        assert nothing["boxes"].shape == (0, 4) and nothing["masks"].shape == (0, 16, 16)
+        image, target, _, _ = measured[(0, 0)]
+    assert target["crowd"].tolist() == [False, True] and target["index"] == 1
+    assert target["letterbox"] == dense.Letterbox(8, 12, 11, 16)  # 8 * 16 / 12 = 10.7
+    assert (image[:, 11:].permute(1, 2, 0) == torch.tensor(data.MEAN_COLOUR)).all()
+
+
+def test_an_unreadable_scene_is_replaced_in_training_and_not_measured():
+    for task, write, Scenes, splits, name in (
+        ("detect", write_coco, detect.CocoScenes, ("train", "val"), "train2017/4.jpg"),
+        ("segment", write_ade, segment.AdeScenes, ("training",), "annotations/training/0.png"),
+    ):
+        with scratch() as root:
+            write(root)
+            scenes = Scenes(root, splits[0])
+            (root / name).write_bytes(b"torn")
+            trained = scene_set(task, scenes, [0, 1])
+            (image, target, _, bad), other = trained[(1, 0)], trained[(1, 1)]
+            assert [index for index, _ in bad] == [0] and not other[3]
+            assert target is not None and image.shape == (3, 16, 16)
+            measured = scene_set(task, scenes, [0, 1], augment=False)
+            assert measured[(0, 0)][1] is None and measured[(0, 1)][1]["index"] == 1
+            alone = scene_set(task, scenes, [0])[(1, 0)]  # the run is about to end
+            assert len(alone[3]) == 1 and not alone[0].any()
+            data.collate([alone, other])
+
+
+def test_boxes_come_back_from_a_letterbox_and_stay_in_the_image():
+    generator = torch.Generator().manual_seed(0)
+    for height, width, size in ((427, 640, 224), (31, 1000, 64), (640, 426, 512), (50, 50, 64)):
+        image = torch.zeros(3, height, width, dtype=torch.uint8)
+        image[:, 0, 0] = 255
+        square, place = dense.letterbox(image, size)
+        assert square.shape == (3, size, size)
+        corners = torch.rand(20, 2, 2, generator=generator) * torch.tensor([width, height])
+        boxes = torch.cat([corners.amin(dim=1), corners.amax(dim=1)], dim=1)
+        inside = boxes.clone()
+        inside[:, ::2] *= place.columns / width
+        inside[:, 1::2] *= place.rows / height
+        close(dense.boxes_to_image(inside, place), boxes, 1e-3)
+        beyond = dense.boxes_to_image(torch.tensor([[-5.0, -5.0, size + 5.0, size + 5.0]]), place)
+        close(beyond, [[0, 0, width, height]], 1e-3)
+        assert dense.maps_to_image(torch.rand(2, size, size), place).shape == (2, height, width)
+
+
+def test_maps_come_back_from_a_letterbox_where_they_were():
+    place = dense.Letterbox(20, 40, 8, 16)  # of a 16 px square
+    x = (torch.arange(16) + 0.5) * 40 / 16  # of each column's centre, in the image's pixels
+    back = dense.maps_to_image(x.expand(1, 16, 16), place)[0]
+    close(back[:, 2:-2], (torch.arange(40) + 0.5).expand(20, 40)[:, 2:-2], 1e-4)
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+
+
+def tiny_detector(classes=80, image_size=32, patch_size=8):
+    torch.manual_seed(0)
+    return detect.Detector(model.build_encoder("nano", image_size, patch_size), classes, 16)
+
+
+def tiny_segmenter(classes=150):
+    torch.manual_seed(0)
+    return segment.Segmenter(model.build_encoder("nano", 32, 8), classes, 16)
+
+
+def rectangles(*boxes, size=32, label=1):
+    """Targets of one image: each box (x0, y0, x1, y1), integers, is an object that fills it."""
+    masks = torch.zeros(len(boxes), size, size, dtype=torch.uint8)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
+        mask[y0:y1, x0:x1] = 1
+    labels = torch.full((len(boxes),), label)
+    return dict(boxes=torch.tensor(boxes).float().view(-1, 4), labels=labels, masks=masks)
+
+
+def test_the_pyramid_has_maps_of_a_quarter_to_two_patches_a_cell():
+    for patch_size in (4, 8, 16):
+        network = tiny_detector(image_size=64, patch_size=patch_size)
+        maps = network.maps(torch.rand(1, 3, 64, 64))
+        expected = [64 // (patch_size * 2**i // 4) for i in range(4)]
+        assert [list(x.shape[2:]) for x in maps] == [[side, side] for side in expected]
+        assert [x.shape[1] for x in maps] == network.channels
+    for size, levels in (("nano", [0, 1, 3]), ("base", [0, 4, 8])):  # PAPER: [0, 4, 8, 12]
+        with torch.device("meta"):
+            encoder = model.build_encoder(size, 32, 16, 0.0)
+            assert dense.FeaturePyramid(encoder, 8).levels == levels
+
+
+def test_the_pyramid_equals_matrix_products_on_the_tokens_of_each_block():
+    network, images = tiny_detector(image_size=32, patch_size=8), tiny_batch(1)[0]
+    encoder = network.encoder
+    x = encoder.patch_embed(model.imagenet_normalize(images)) + encoder.pos_embed[:, 1:]
+    x = torch.cat([encoder.cls_token, x], dim=1)
+    levels = [x]
+    for block in encoder.blocks:
+        levels.append(block(levels[-1]))
+
+    def grid(x):  # normalised by hand: the norms start with weight 1 and bias 0
+        x = (x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True, correction=0) + 1e-6).sqrt()
+        return x[0, 1:].T.reshape(-1, 4, 4)
+
+    def up(x):  # new cell 2 i lies a quarter of an old cell before cell i, 2 i + 1 after it
+        side = x.shape[1]
+        rows = torch.zeros(2 * side, side)
+        for i in range(side):
+            rows[2 * i, i] = rows[2 * i + 1, i] = 0.75
+            rows[2 * i, max(0, i - 1)] += 0.25
+            rows[2 * i + 1, min(side - 1, i + 1)] += 0.25
+        return rows @ x @ rows.T
+
+    def conv(x, layer, stride=1):
+        windows = F.pad(x, (1, 1, 1, 1)).unfold(1, 3, stride).unfold(2, 3, stride)
+        weight, bias = layer.weight, layer.bias[:, None, None]
+        return torch.einsum("chwij,ocij->ohw", windows, weight) + bias
+
+    fine, half, _, coarse = network.resample
+    expected = [
+        conv(up(conv(up(grid(levels[0])), fine[1])), fine[3]),
+        conv(up(grid(levels[1])), half[1]),
+        grid(levels[3]),
+        conv(grid(levels[4]), coarse, stride=2),
+    ]
+    for found, wanted in zip(network.maps(images), expected, strict=True):
+        close(found[0], wanted, 1e-4)
+
+
+def test_masks_of_28_px_boxes_are_their_own_targets_and_are_pasted_back_pixel_by_pixel():
+    masks = (torch.rand(3, 40, 50, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    boxes = torch.tensor([[0.0, 0, 28, 28], [3, 5, 31, 33], [22, 12, 50, 40]])
+    targets = detect.mask_targets(masks, boxes, torch.tensor([0, 2, 1]))
+    cut = [masks[0, :28, :28], masks[2, 5:33, 3:31], masks[1, 12:, 22:]]
+    assert torch.equal(targets, torch.stack(cut))
+    pasted = detect.paste_masks(targets, boxes, 40, 50)
+    for whole, (x0, y0, x1, y1), wanted in zip(pasted, boxes.int().tolist(), cut, strict=True):
+        assert torch.equal(whole[y0:y1, x0:x1].float(), wanted)
+        assert whole.sum() == wanted.sum()
+
+
+def test_a_perfect_mask_pasted_back_has_an_iou_of_9_tenths_from_8_px_on():
+    y, x = torch.meshgrid(torch.arange(100) + 0.5, torch.arange(120) + 0.5, indexing="ij")
+    for size, shift in itertools.product((8, 11, 16, 23, 32, 64), (0.0, 0.3, 0.5)):
+        left, top, width, height = 10 + shift, 7 + 2 * shift, size, 0.8 * size
+        u, v = (x - left) / width, (y - top) / height  # 0 to 1 across the object
+        shapes = {
+            "ellipse": (u - 0.5) ** 2 + (v - 0.5) ** 2 < 0.25,
+            "triangle": (v > 0) & (v < 1) & ((u - 0.5).abs() < v / 2),
+        }
+        for name, mask in shapes.items():
+            rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+            box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            box = torch.tensor([box]).float()
+            target = detect.mask_targets(mask[None], box, torch.tensor([0]))
+            pasted = detect.paste_masks(target, box, 100, 120)[0]
+            iou = (pasted & mask).sum() / (pasted | mask).sum()
+            assert iou >= 0.9, (name, size, shift, iou)
+
+
+def test_pasted_masks_stay_in_their_boxes_and_in_the_image():
+    boxes = torch.tensor([[-5.0, -5, 5, 5], [6.4, 2, 8.6, 3], [2.6, 2.6, 3.4, 3.4], [30, 0, 40, 9]])
+    pasted = detect.paste_masks(torch.ones(4, 28, 28), boxes, 10, 12)
+    assert not pasted[2:].any()  # between two centres; outside
+    assert pasted[0, :5, :5].all() and pasted[0].sum() == 25
+    assert pasted[1].nonzero().tolist() == [[2, 6], [2, 7], [2, 8]]  # centres at 6.5, 7.5 and 8.5
+    assert detect.paste_masks(torch.ones(0, 28, 28), torch.ones(0, 4), 10, 12).shape == (0, 10, 12)
+
+
+def test_untrained_detection_losses_are_those_of_guessing_and_reach_every_parameter():
+    network, images = tiny_detector(), tiny_batch(2)[0]
+    some = [rectangles((2, 3, 20, 15), (8, 20, 30, 30), label=80), rectangles()]
+    for targets in (some, [rectangles(), rectangles()]):
+        network.zero_grad()
+        found = network(images, targets)
+        close(found["loss_classifier"].item(), math.log(81), 0.5)
+        close(found["loss_objectness"].item(), math.log(2), 0.05)
+        if targets is some:
+            close(found["loss_mask"].item(), math.log(2), 0.15)
+            weight = network.roi_heads.mask_predictor.mask_fcn_logits.weight
+            [slope] = torch.autograd.grad(found["loss_mask"], weight, retain_graph=True)
+            assert slope.flatten(1).any(dim=1).nonzero().tolist() == [[80]]  # the objects' class
+            assert 0 < found["loss_box_reg"] < 1 and 0 < found["loss_rpn_box_reg"] < 1
+        else:
+            parts = ("loss_mask", "loss_box_reg", "loss_rpn_box_reg")
+            assert all(found[name] == 0 for name in parts), found
+        sum(found.values()).backward()
+        missing = [k for k, p in network.named_parameters() if p.grad is None]
+        assert not missing and all(p.grad.isfinite().all() for p in network.parameters()), missing
+
+
+def test_detections_do_not_depend_on_what_a_network_saw_first():
+    images = torch.rand(2, 3, 32, 32)
+    fresh, used = tiny_detector(3), tiny_detector(3)
+    with torch.no_grad():
+        used.train()(torch.zeros(1, 3, 32, 32), [rectangles((0, 0, 3, 2))])
+        used.eval()(torch.zeros(3, 3, 32, 32))
+        for one, two in zip(fresh.eval()(images), used(images), strict=True):
+            assert all(torch.equal(one[name], two[name]) for name in one)
+            N = len(one["boxes"])
+            assert N > 0 and one["masks"].shape == (N, 28, 28) and one["labels"].min() >= 1
+    pool = used.roi_heads.box_roi_pool
+    assert pool.scales == [1 / 2, 1 / 4, 1 / 8, 1 / 16]  # patches of 8
+    boxes = torch.tensor([[0, 0, side, side] for side in (10.0, 55, 57, 111, 113, 225)])
+    assert pool.map_levels([boxes]).tolist() == [0, 0, 1, 1, 2, 3]  # 14 patches = 112 px: map 2
+
+
+def test_boxes_are_float32_under_autocast():
+    network = tiny_detector(3).eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        [found] = network(tiny_batch(1)[0])
+        assert found["boxes"].dtype == found["scores"].dtype == torch.float32
+        assert (found["boxes"] != found["boxes"].bfloat16().float()).any()
+        logits = tiny_segmenter().eval()(tiny_batch(1)[0])
+    assert logits.dtype == torch.float32 and (logits != logits.bfloat16().float()).any()
+
+
+def test_wrong_targets_and_sizes_of_the_dense_tasks_are_refused():
+    network, images = tiny_detector(), tiny_batch(1)[0]
+    good = rectangles((2, 3, 20, 15))
+    for label in (0, 81):
+        wrong = good | {"labels": torch.tensor([label])}
+        raises_value_error(network, images, [wrong], says=f"[{label}]")
+    wrong = good | {"boxes": torch.tensor([[2.0, 3, 2, 15]])}
+    raises_value_error(network, images, [wrong], says="[[2.0, 3.0, 2.0, 15.0]]")
+    wrong = good | {"masks": torch.zeros(1, 16, 16)}
+    raises_value_error(network, images, [wrong], says="[1, 16, 16]")
+    raises_value_error(
+        tiny_segmenter(), torch.rand(1, 3, 16, 64), says="[16, 64]"
+    )  # also 16 patches
+    for image_size, patch_size in ((40, 8), (32, 2)):
+        build = functools.partial(tiny_detector, 3, image_size, patch_size)
+        raises_value_error(build, says=f"a multiple of {2 * patch_size} px")
+
+
+def test_layers_of_dense_networks_hold_each_parameter_once_and_encoders_load_at_any_size():
+    with torch.random.fork_rng():
+        mae = model.build_mae("nano", image_size=64, patch_size=8)
+    weights = model.encoder_weights(mae.state_dict(), 4, "file")
+    for network in (tiny_detector(), tiny_segmenter()):
+        layers = network.layers()
+        assert len(layers) == 2 + len(network.encoder.blocks)
+        flat = [id(p) for layer in layers for p in layer]
+        assert sorted(flat) == sorted(id(p) for p in network.parameters())
+        assert layers[0][0] is network.encoder.cls_token
+        model.load_whole(network.encoder, weights, "file")
+        assert torch.equal(network.encoder.norm.weight, mae.norm.weight)
+
+
+def test_the_segmenter_labels_pixels_and_its_losses_reach_every_parameter():
+    network, images = tiny_segmenter(), tiny_batch(1)[0]  # a single image, too
+    logits, aux = network(images)
+    assert logits.shape == aux.shape == (1, 150, 32, 32)
+    loss = segment.segmentation_loss(logits, torch.randint(0, 150, (1, 32, 32)), aux)
+    close(loss.item(), 1.4 * math.log(150), 0.4)  # of guessing; the weight .4
+    loss.backward()
+    assert not [k for k, p in network.named_parameters() if p.grad is None]
+    assert network.eval()(images).shape == (1, 150, 32, 32)
+
+
+def test_the_segmentation_loss_equals_a_loop_and_is_0_where_all_is_ignored():
+    generator = torch.Generator().manual_seed(0)
+    logits, aux = torch.randn(2, 2, 5, 3, 4, generator=generator).requires_grad_()
+    target = torch.randint(0, 5, (2, 3, 4), generator=generator, dtype=torch.uint8)
+    target[0, :2, 1:] = 255
+
+    def slow(x):
+        terms = []
+        for b, i, j in itertools.product(range(2), range(3), range(4)):
+            if target[b, i, j] != 255:
+                exp = x[b, :, i, j].exp()
+                terms.append(-(exp[int(target[b, i, j])] / exp.sum()).log().item())
+        return sum(terms) / len(terms)
+
+    expected = slow(logits) + 0.4 * slow(aux)
+    close(segment.segmentation_loss(logits, target, aux).item(), expected, 1e-5)
+    both = segment.segmentation_loss(logits.bfloat16(), target, aux)
+    assert both.dtype == torch.float32
+    close(both.item(), expected, 0.02)
+    ignored = torch.full_like(target, 255)
+    nothing = segment.segmentation_loss(logits, ignored, aux)
+    for gradient in torch.autograd.grad(nothing, (logits, aux)):
+        assert nothing == 0 and not gradient.any()
+
+
+# ---- Measuring -----------------------------------------------------------------------------------
+
+
+class Oracle(torch.nn.Module):
+    """A network that gives prepared answers, one for each image, in turn."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.answers = iter(answers)
+
+    def forward(self, images):
+        answers = [next(self.answers) for _ in images]
+        return torch.stack(answers) if isinstance(answers[0], torch.Tensor) else answers
+
+
+class FewScenes(torch.utils.data.Dataset):
+    """Grey images of several shapes with a rectangle and a disc each, for either task."""
+
+    image_ids, category_ids, classes = [3, 5, 8, 9], [7, 90], ["rectangle", "disc"]
+
+    def __init__(self, task):
+        self.task = task
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        height, width = [(40, 60), (60, 33), (50, 50), (41, 64)][index]
+        rows, columns = torch.arange(height)[:, None] + 0.5, torch.arange(width) + 0.5
+        box = (rows > 3) & (rows < 30) & (columns > 2 + index) & (columns < 17)
+        disc = (rows - height + 10).square() + (columns - width + 9).square() < 64
+        masks, image = torch.stack([box, disc]), Image.new("RGB", (width, height), "grey")
+        if self.task == "segment":
+            labels = disc.byte()
+            labels[box] = 255  # not known
+            return image, labels
+        labels, crowd = torch.tensor([1, 2]), torch.zeros(2, dtype=torch.bool)
+        area, boxes = masks.sum(dim=(1, 2)).float(), detect.mask_boxes(masks)
+        return image, dict(boxes=boxes, labels=labels, masks=masks, crowd=crowd, area=area)
+
+
+def oracle_run(task, answer, out):
+    """Measure a network that answers with answer(the sample's truth): (row, its data set)."""
+    dataset = scene_set(task, FewScenes(task), range(4), image_size=256, augment=False)
+    answers = [answer(dataset[0, i][1]) for i in range(4)]
+    network = Oracle(answers * 2)  # the second time for the picture
+    run = SimpleNamespace(network=network, device=torch.device("cpu"))
+    run.autocast = contextlib.nullcontext
+    loader = data.build_loader(dataset, [(0, i) for i in range(4)], batch_size=3, workers=0)
+    args = SimpleNamespace(classes=FewScenes.classes, out=out, slide=False)
+    evaluate = {"detect": detect.evaluate_detector, "segment": segment.evaluate_segmenter}[task]
+    return evaluate(run, loader, [], args)
+
+
+def test_perfect_detections_have_an_ap_of_100_through_the_letterbox_and_back():
+    def answer(truth):
+        place, boxes = truth["letterbox"], truth["boxes"]
+        masks = detect.mask_targets(truth["masks"], boxes, torch.arange(2))
+        ratios = torch.tensor([place.columns / place.width, place.rows / place.height] * 2)
+        padding = torch.tensor([[place.columns + 1.0, place.rows + 1.0, 256, 256]])
+        return {
+            "boxes": torch.cat([boxes * ratios, padding]),
+            "masks": torch.cat([masks, torch.ones(1, 28, 28)]),
+            "labels": torch.tensor([1, 2, 1]),
+            "scores": torch.tensor([0.9, 0.8, 0.95]),
+        }
+
+    with scratch() as out:
+        row = oracle_run("detect", answer, out)
+        assert row["ap"] == row["ap75"] == row["ap_small"] == row["mask_ap50"] == 100, row
+        assert row["mask_ap"] > 90 and row["ap_large"] == -1 and row["val_images"] == 4
+        boxes, masks = (
+            json.loads((out / f"results_{k}.json").read_text()) for k in ("bbox", "segm")
+        )
+        Image.open(out / "pictures" / "detections.png").verify()
+    assert [entry["image_id"] for entry in boxes] == [3, 3, 5, 5, 8, 8, 9, 9]
+    assert [entry["category_id"] for entry in masks] == [7, 90] * 4
+    close(boxes[0]["bbox"], [2, 3, 15, 27], 1e-3)  # xywh; what lies in the padding is gone
+    rle = masks[0]["segmentation"]
+    mask = detect.rle_to_mask(rle["counts"], *rle["size"])
+    assert rle["size"] == [40, 60] and np.array_equal(mask, FewScenes("detect")[0][1]["masks"][0])
+    assert "segmentation" not in boxes[0] and "bbox" not in masks[0]
+
+
+def test_a_perfect_class_map_has_an_miou_of_100_through_the_letterbox_and_back():
+    def answer(truth):
+        place, logits = truth["letterbox"], torch.rand(2, 256, 256)
+        wanted = torch.stack([truth["map"] == 0, truth["map"] == 1])[None].float()
+        size = (place.rows, place.columns)
+        logits[:, : size[0], : size[1]] += 9 * F.interpolate(wanted, size, mode="nearest-exact")[0]
+        return logits
+
+    with scratch() as out:
+        row = oracle_run("segment", answer, out)
+        Image.open(out / "pictures" / "segmentation.png").verify()
+    assert row == {"miou": 100, "miou_all": 100, "pixel_accuracy": 100, "val_images": 4}
+
+
+def test_sliding_windows_of_a_network_that_sees_single_pixels_give_the_whole():
+    shapes = []
+
+    def network(images):
+        shapes.append(len(images))
+        return torch.stack([images[:, 0], images.square().sum(dim=1)], dim=1)
+
+    for (height, width), windows in (((30, 30), 1), ((30, 82), 4), ((41, 30), 2), ((60, 50), 6)):
+        image = torch.rand(3, height, width)  # steps of 20: 0, 20, 40, 52; 0, 11; 0, 20, 30 ...
+        close(segment.slide(network, image, 30), network(image[None])[0], 1e-6)
+        assert shapes[-2] == windows
+    options = dict(image_size=32, augment=False, slide=True)
+    dataset = scene_set("segment", FewScenes("segment"), [3], **options)
+    assert dataset[0, 0][1]["whole"].shape == (3, 32, 49)  # 64 * 32 / 41 = 49.95, cut off
+    run = SimpleNamespace(network=network, device="cpu", autocast=contextlib.nullcontext)
+    args = SimpleNamespace(slide=True, image_size=32)
+    [(labels, truth)] = segment.segment(run, data.collate([dataset[0, 0]]), args)
+    assert labels.shape == truth["map"].shape == (41, 64)
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+
+def dense_run(script, flags):
+    """What a script trains on a checkpoint: (run, args)."""
+    args = script.parse_args([str(flag) for flag in flags])
+    weights, args = finetune.open_checkpoint(args)
+    args.classes = [0, 1, 2]
+    return script.build_run(args, weights, torch.device("cpu")), args
+
+
+def test_encoders_load_into_detectors_and_segmenters_at_any_size():
+    images = tiny_batch()[0]
+    with scratch() as folder:
+        path = folder / "c.pt"
+        save_autoencoder(path)
+        expected = model.build_mae("tiny", 32, 8)
+        expected.load_state_dict(torch.load(path)["mae"])
+        for script in DENSE_SCRIPTS.values():
+            flags = ["--checkpoint", path, "--width", 16, "--batch-size", 8]
+            run, args = dense_run(script, flags)
+            encoder = run.network.encoder.eval()
+            assert torch.equal(encoder(images), expected.encode(images)[0])
+            assert args.drop_path == 0.1 and 0.6 < args.layer_decay < 0.8
+            assert args.weight_decay == 0.05
+            run, args = dense_run(script, [*flags, "--image-size", 48])
+            batch = script.random_batch(args)
+            assert finetune.step_gradients(run, [batch], {"step": 0}, args)["loss"] > 0
+            assert all(p.grad is not None for p in run.network.parameters())
+
+
+def test_dense_runs_stopped_in_mid_epoch_continue_bit_for_bit_and_eval_agrees():
+    for script, figures, pictures in (
+        (detect, ("ap", "mask_ap50", "ap_small"), {"detections.png", "results_segm.json"}),
+        (segment, ("miou", "miou_all", "pixel_accuracy"), {"segmentation.png"}),
+    ):
+        with scratch() as root:
+            few = ["--data", "shapes", "--workers", 0, "--batch-size", 2, "--val-images", 4]
+            flags = [*UNTRAINED, *few, "--limit-images", 8, "--epochs", 2, "--lr", 1e-3, "--out"]
+            assert command(*flags, root / "once", script=script)[0] == 0
+            assert command(*flags, root / "twice", "--steps", 6, script=script)[0] == 0  # of 8
+            names = ["--width 16 (now 32)"]
+            refused(*flags, root / "twice", "--width", 32, names=names, script=script)
+            assert command(*flags, root / "twice", script=script)[0] == 0
+            same_weights(root / "once", root / "twice")
+            once, twice = log_of(root / "once"), log_of(root / "twice")
+            for a, b in zip(once, twice, strict=True):
+                assert all(a[name] == b[name] for name in ("loss", *figures)), (a, b)
+                if script is detect:
+                    terms = [value for name, value in a.items() if name.startswith("loss_")]
+                    assert len(terms) == 5
+                    close(sum(terms), a["loss"], 1e-4)
+            best, output = max(once, key=lambda row: row[figures[0]]), io.StringIO()
+            measured = ["--eval", "--checkpoint", root / "once" / "best.pt", *few]
+            with contextlib.redirect_stdout(output):
+                assert not script.main([str(flag) for flag in measured])
+            for name in figures:
+                assert f"{name} {best[name]:.4g}" in output.getvalue(), (best, output.getvalue())
+            written = {path.name for path in (root / "once").rglob("*")}
+            assert pictures <= written, written
+            # Neither script takes the other's checkpoint, nor does finetune.py.
+            other = next(other for other in DENSE_SCRIPTS.values() if other is not script)
+            names = [f"a checkpoint of {script.SCRIPT}, not of"]
+            refused(*measured, names=[*names, other.SCRIPT], script=other)
+            refused(*measured, names=[*names, "finetune.py"], script=finetune)
+            refused(*measured[1:], names=["--eval measures it"], script=script)
+
+
+def test_two_processes_detect_and_segment_as_one_does():
+    learn = [*UNTRAINED, "--data", "shapes", "--val-images", 9, "--limit-images", 6, "--epochs", 2]
+    learn += ["--lr", 1e-4, "--batch-size", 1]
+    # A detector's samples and stochastic depth are drawn for each batch, here of one image.
+    learn += ["--drop-path", 0.3]
+    with scratch() as root:
+        jobs = {task: [*learn, "--out", root / f"{task}2"] for task in DENSE_SCRIPTS}
+        (root / "jobs.json").write_text(json.dumps(jobs, default=str))
+        work = f"from {__name__} import train_in_turn; train_in_turn({str(root / 'jobs.json')!r})"
+        ranks = launch_pair("-c", work)
+        for task, script in DENSE_SCRIPTS.items():
+            alone = ["--out", root / f"{task}1", "--accum", 2]
+            assert command(*learn, *alone, script=script)[0] == 0
+        finish(ranks)
+        for task in DENSE_SCRIPTS:
+            for one, two in zip(*(log_of(root / f"{task}{n}") for n in "12"), strict=True):
+                assert one["val_images"] == two["val_images"] == 9
+                same = [name for name in one if name not in ("seconds", "images_per_second")]
+                close([one[name] for name in same], [two[name] for name in same], 1e-3)
+        one, two = (json.loads((root / f"detect{n}/results_bbox.json").read_text()) for n in "12")
+        assert len({entry["image_id"] for entry in one}) > 5 and len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            assert (a["image_id"], a["category_id"]) == (b["image_id"], b["category_id"])
+            close([a["score"], *a["bbox"]], [b["score"], *b["bbox"]], 1e-3)
+
+
+def train_in_turn(jobs):
+    """One process of the last test: each script's main with its flags in the file `jobs`."""
+    device = train.start_processes()
+    with mock.patch.object(train, "start_processes", lambda: device):
+        with mock.patch.object(train, "stop_processes"):
+            for task, flags in json.loads(Path(jobs).read_text()).items():
+                assert not DENSE_SCRIPTS[task].main([str(flag) for flag in flags])
+    train.stop_processes()
+
+
+def test_dense_tasks_refuse_what_does_not_fit_in_one_line():
+    with scratch() as root:
+        write_coco(root / "coco")
+        write_ade(root / "ade")
+        write_coco(root / "torn", json.dumps(coco_content())[:-30])
+        flags = [*UNTRAINED, "--batch-size", 2, "--epochs", 1, "--out", root / "out"]
+
+        def rejected(script, *more, names):
+            refused(*flags, *more, names=names, script=script)
+
+        rejected(detect, "--data", root / "ade", names=["ADE20K's layout, of segmentation"])
+        rejected(segment, "--data", root / "coco", names=["COCO's layout, of detection"])
+        rejected(detect, "--data", root / "torn", names=["torn or not COCO's"])
+        rejected(detect, "--data", root / "none", names=["does not exist"])
+        rejected(detect, names=["--data data/coco does not exist"])
+        rejected(segment, "--width", 24, names=["--width 24", "multiple of 16"])
+        rejected(detect, "--scales", 2, 1, names=["--scales", "smaller first"])
+        rejected(detect, "--drop-path", 1, names=["--drop-path 1", "below 1"])
+        rejected(segment, "--checkpoint", "none", "--eval", names=["nothing to measure"])
+        rejected(detect, "--image-size", 40, "--data", "shapes", names=["multiple of 16 px"])
+        rejected(detect, "--data", root / "coco", "--limit-images", 1, names=["--batch-size"])
+        for flag in ("--shots", "--mixup"):  # of classification
+            status, errors = command(*flags, flag, 1, script=detect)
+            assert status == 2 and f"unrecognized arguments: {flag} 1" in errors
+        assert not (root / "out").exists()
+        status, errors = command(*flags, "--data", root / "ade", script=segment)
+        assert status == 0, errors
+        (root / "ade" / "images" / "training").rename(root / "gone")  # measuring needs none of it
+        best = ["--eval", "--checkpoint", root / "out" / "best.pt", "--workers", 0]
+        status, errors = command(*best, "--data", root / "ade", script=segment)
+        assert status == 0, errors
+        (root / "ade" / "objectInfo.txt").unlink()
+        names = ["sky", "only in"]
+        refused(*best, "--data", root / "ade", names=names, script=segment)
+
+
+def test_unreadable_scenes_are_named_replaced_in_training_and_not_measured():
+    with scratch() as root:
+        write_ade(root)
+        (root / "images" / "training" / "1.jpg").write_bytes(b"torn")
+        (root / "annotations" / "validation" / "2.png").write_bytes(b"torn")
+        flags = [*UNTRAINED, "--batch-size", 3, "--epochs", 1, "--data", root]
+        status, errors = command(*flags, "--out", root / "out", script=segment)
+        assert status == 0 and errors.count("replaced: ") == errors.count("left out: ") == 1
+        assert "training/1.jpg" in errors and "validation/2.jpg" in errors, errors
+        [row] = log_of(root / "out")
+        assert row["val_images"] == 2 and row["bad_images"] == 2
+
+
+# ---- Siblings ------------------------------------------------------------------------------------
+
+SIBLING = ["--model", "tiny", "--image-size", "32", "--patch-size", "8", "--data", "shapes"]
+SIBLING += ["--batch-size", "4", "--val-images", "4", "--workers", "0", "--lr", "1e-3"]
+CKA = ["--data", "shapes", "--workers", "0"]
+
+
+def sibling_command(*flags):
+    """`command` for extras.siblings."""
+    return command(*flags, script=siblings)
+
+
+def sibling_refused(*flags, names):
+    """`refused` for extras.siblings."""
+    refused(*flags, names=names, script=siblings)
+
+
+def cka_command(*flags):
+    """`command` for extras.cka."""
+    return command(*flags, script=cka)
+
+
+def cka_refused(*flags, names):
+    """`refused` for extras.cka."""
+    refused(*flags, names=names, script=cka)
+
+
+def tiny_sibling(*flags):
+    """A sibling's run without data: (run, args)."""
+    size = ["--model", "tiny", "--image-size", "32", "--patch-size", "8", "--data", "shapes"]
+    args = siblings.parse_args([*size, "--out", "unused", *map(str, flags)])
+    if args.loss == "feature_mae" and not args.teacher:
+        args.teacher = published_mae()
+    run = siblings.build_run(args, torch.device("cpu"))
+    run.epoch = 1
+    return run, args
+
+
+@functools.cache
+def published_mae():
+    """A file of a trained MAE, `nano`; its weights are random."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(model.build_mae("nano", 32, 8).state_dict(), f"{folder.name}/mae.pth")
+    return f"{folder.name}/mae.pth"
+
+
+def sibling_batch(loss, B=4):
+    """`tiny_batch` of a row, with as many views as it has."""
+    views = siblings.SIBLINGS[loss]["views"]
+    images, noise, seeds = tiny_batch(B)
+    if views > 1:
+        images = torch.stack([images, tiny_batch(B, seed=1)[0]], dim=1)
+    return images, noise, seeds
+
+
+def sibling_terms(loss, *flags):
+    """(run, args, batch, terms) of a sibling's batch, gradients in place."""
+    run, args = tiny_sibling("--loss", loss, *flags)
+    batch = sibling_batch(loss)
+    terms = siblings.TERMS[loss](run, *batch[:2], {"epoch": 1}, args)
+    sum(terms.values()).backward()
+    return run, args, batch, {name: value.detach() for name, value in terms.items()}
+
+
+def normal(x):
+    """Each row without its mean and deviation."""
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+
+
+def hidden_patches(noise, hidden=12):
+    """{(image, patch)} of the patches with the largest noise."""
+    return {(b, n) for b, row in enumerate(noise.tolist()) for n in np.argsort(row)[-hidden:]}
+
+
+def patch_of(images, n, side=4, p=8):
+    y, x = divmod(n, side)
+    return model.imagenet_normalize(images)[:, y * p : y * p + p, x * p : x * p + p]
+
+
+def test_block_masks_hide_as_many_patches_as_they_should_in_rectangles():
+    torch.manual_seed(0)
+    for side, wanted in ((14, 120), (8, 39), (4, 10)):
+        masks = torch.stack([siblings.block_mask(side, 120 / 196) for _ in range(300)])
+        assert masks.shape == (300, side**2) and set(masks.unique().tolist()) == {0, 1}
+        assert (masks.sum(dim=1) == wanted).all(), side
+        grid = masks.view(-1, side, side)
+        # In rectangles: a hidden patch's neighbour is hidden far more often than by chance, 61 %.
+        beside = (grid[:, :, 1:] * grid[:, :, :-1]).sum() / grid[:, :, :-1].sum()
+        assert side < 14 or beside > 0.85, beside
+        coverage = grid.mean(dim=0)  # anywhere, but corners, which few rectangles reach, less often
+        assert coverage.min() > 0.05 and coverage[0, 0] < coverage[side // 2, side // 2]
+        close(coverage, coverage.T, 0.2)  # upright rectangles as often as flat ones
+    common = dict(image_size=32, num_patches=196, seed=0, blocks=120 / 196)
+    dataset = siblings.SiblingSet(data.Shapes("train", 32), **common)
+    noise = dataset[1, 0][1]
+    assert torch.equal(noise, dataset[1, 0][1]) and (noise >= 1).sum() == 120
+    _, _, mask = model.random_masking(noise[None], 0.75)
+    assert mask.sum() == 147 and (mask[0] >= (noise >= 1)).all()  # blocks, and 27 others
+
+
+def test_two_views_are_two_colourings_of_one_crop():
+    source = data.Shapes("train", 32)
+    common = dict(image_size=32, num_patches=16, seed=0)
+    coloured = siblings.SiblingSet(source, views=2, **common)
+    plain = siblings.SiblingSet(source, views=2, jitter=0, **common)
+    whole = siblings.SiblingSet(source, views=2, augment=False, **common)
+    single = siblings.SiblingSet(source, jitter=0, **common)
+    differ, grey, alike = 0, 0, []
+    for key in itertools.product((1, 2), range(30)):
+        views, noise, *_ = coloured[key]
+        assert views.shape == (2, 3, 32, 32) and views.dtype == torch.uint8
+        assert torch.equal(views, coloured[key][0])  # a function of seed, epoch and index
+        crop = single[key][0]
+        for same in (plain[key], whole[key]):  # without colours both views are the image
+            assert torch.equal(same[0][0], same[0][1]) and torch.equal(same[1], noise)
+        assert torch.equal(plain[key][0][0], crop)
+        # Colours keep edges where they are: a view varies along with its crop, not with another.
+        flat = [x.float().mean(dim=0).flatten() for x in (crop, *views)]
+        alike += torch.corrcoef(torch.stack(flat))[0, 1:].tolist()
+        differ += not torch.equal(*views)
+        grey += sum(torch.equal(view[0], view[1]) for view in views)
+    assert np.median(alike) > 0.95 and np.mean(alike) > 0.9, alike
+    assert differ >= 55 and 12 <= grey <= 40, (differ, grey)  # of 60; of 120 at chance 1/5
+
+
+def test_hidden_patches_weigh_by_how_many_of_their_neighbours_are_hidden():
+    mask = torch.zeros(1, 5, 5)
+    mask[0, 0, 0] = 1
+    mask[0, 2:, 2:] = 1
+    weights = siblings.mask_density(mask.flatten(1)).view(5, 5)
+    close(weights[0, 0], 10 / 9, 1e-6)  # a corner alone
+    close(weights[3, 3], 2, 1e-6)  # within a block
+    close(weights[4, 4], 1 + 4 / 9, 1e-6)  # beyond the image nothing is hidden
+    close(weights[2, 2], 1 + 4 / 9, 1e-6)
+
+
+def test_cross_attention_is_that_of_torch():
+    torch.manual_seed(0)
+    ours = siblings.CrossAttention(24, 3, 40)
+    theirs = torch.nn.MultiheadAttention(24, 3, kdim=40, vdim=40, batch_first=True)
+    k, v = ours.kv.weight.chunk(2)
+    pairs = {"q_proj_weight": ours.q.weight, "k_proj_weight": k, "v_proj_weight": v}
+    pairs |= {"out_proj.weight": ours.proj.weight, "out_proj.bias": ours.proj.bias}
+    for layer in (ours.q, ours.kv, ours.proj):
+        torch.nn.init.normal_(layer.bias)
+    pairs["in_proj_bias"] = torch.cat([ours.q.bias, ours.kv.bias])
+    theirs.load_state_dict({name: value.detach() for name, value in pairs.items()})
+    x, context = torch.randn(2, 5, 24), torch.randn(2, 7, 40)
+    close(ours(x, context), theirs(x, context, context, need_weights=False)[0].detach(), 1e-5)
+
+
+def test_feature_mae_and_boot_mae_compare_what_they_should():
+    for loss in ("feature_mae", "boot_mae"):
+        run, args, (images, noise, _), terms = sibling_terms(loss)
+        with torch.no_grad():
+            seen = run.network(images, 0.75, noise)
+        features, target, mask = seen[-3:]
+        assert {(b, n) for b, n in mask.nonzero().tolist()} == hidden_patches(noise)
+        assert target.shape == (4, 16, 128 if loss == "feature_mae" else 192)
+        # The target: a plain ViT of the teacher's weights, the whole image, no final norm.
+        size = "nano" if loss == "feature_mae" else "tiny"
+        shape = {k: model.MAE_SIZES[size][k] for k in ("width", "depth", "heads")}
+        vit = model.ViT(image_size=32, patch_size=8, **shape)
+        vit.load_state_dict(run.network.teacher.state_dict(), strict=False)
+        vit.norm = torch.nn.Identity()
+        close(target, vit(images)[:, 1:].detach(), 1e-5)
+        weight = siblings.mask_density(mask) if loss == "boot_mae" else torch.ones(4, 16)
+        total, pixel = 0, 0
+        for b, n in hidden_patches(noise):
+            error = (normal(features[b, n]) - normal(target[b, n])).square().mean()
+            total += weight[b, n] * error / 48
+            if loss == "boot_mae":
+                error = (patch_of(seen[0][b], n) - patch_of(images[b], n)).square().mean()
+                pixel += weight[b, n] * error / 48
+        ramp = 4 / args.epochs if loss == "boot_mae" else 1  # of the first epoch
+        close(terms["features"], ramp * total, 1e-5)
+        if loss == "boot_mae":
+            close(terms["pixel"], pixel, 1e-5)
+            for epoch, part in ((1, 0.04), (20, 0.8), (25, 1), (100, 1)):
+                args.epochs = 100
+                progress = {"epoch": epoch}
+                weighed = siblings.boot_mae_terms(run, images, noise, progress, args)["features"]
+                close(weighed, part * total, 1e-5)
+        assert all(p.grad is None for p in run.network.teacher.parameters())
+
+
+def test_boot_mae_paints_from_an_early_level_and_guesses_features_from_the_last():
+    run, _, (images, noise, _), _ = sibling_terms("boot_mae")
+    ids_keep, ids_restore, _ = model.random_masking(noise, 0.75)
+    x, levels = run.network.encode(images, ids_keep, [0, 1, 6])
+    assert [len(d.blocks) for d in (run.network.regressor, run.network.predictor)] == [2, 2]
+    image, features, _, _ = run.network(images, 0.75, noise)
+    patches = run.network.regressor(x, ids_restore, levels[1])
+    close(image, model.imagenet_denormalize(model.unpatchify(patches, 8)), 1e-6)
+    close(features, run.network.predictor(x, ids_restore, levels[2]), 1e-6)
+    [again], mask = siblings.paint(run.network, images, 0.75, noise)
+    assert torch.equal(again, image) and mask.sum() == 48
+
+
+def test_r_mae_sees_the_halves_that_it_should_and_compares_what_it_should():
+    visible = {"complement": 12, "independent": 12, "whole": 16}
+    for second, count in visible.items():
+        run, args, (images, noise, _), terms = sibling_terms("r_mae", "--second", second)
+        images = images.clone().requires_grad_()
+        first, other, counted = run.network(images, 0.75, noise)
+        hidden = torch.zeros(4, 16)
+        for b, n in hidden_patches(noise):
+            hidden[b, n] = 1
+        seen = []  # by what each view's painting depends on
+        for painting in (first, other):
+            (grad,) = torch.autograd.grad(painting.sum(), images, retain_graph=True)
+            seen.append(losses.patchify(grad, 8).abs().amax(dim=2) > 0)
+        assert torch.equal(seen[0], hidden == 0) and (seen[1].sum(dim=1) == count).all()
+        assert second != "complement" or torch.equal(seen[1], hidden == 1)
+        assert torch.equal(counted.bool(), (hidden == 1) & seen[1])
+        if second == "complement":  # MAE itself, on the complementary noise
+            [expected], _ = model.MAE.forward(run.network, images, 0.25, -noise)
+            close(other, expected, 1e-5)
+        [expected], _ = siblings.paint(run.network, images, 0.75, noise)
+        assert torch.equal(expected, first)
+        agreement = pixel = 0
+        places = counted.nonzero().tolist()
+        for b, n in places:
+            mine, theirs, true = (patch_of(x[b], n) for x in (first, other, images))
+            agreement += (mine - theirs).square().mean() / len(places)
+            pixel += (theirs - true).square().mean() / len(places)
+        close(terms["disagreement"], agreement.detach(), 1e-5)
+        close(terms["pixel"], pixel.detach(), 1e-5)
+
+
+def test_independent_views_hide_independently_at_every_patch():
+    torch.manual_seed(0)
+    mae = siblings.RMAE(
+        second="independent", image_size=20, patch_size=4, **model.MAE_SIZES["nano"]
+    )
+    mae.decode = lambda inputs: inputs  # only the masks matter here
+    mae.decoder_inputs = lambda *_: [None]
+    noise = torch.rand(20000, 25)  # 6 of 25 visible to the first, 19 to the second
+    hidden, counted = model.random_masking(noise, 0.75)[2], mae(None, 0.75, noise)[2]
+    close(counted.mean(dim=0), torch.full((25,), 0.76 * 0.76), 0.02)
+    # One view's hidden patch tells nothing of the other's sight anywhere.
+    seen = torch.where(hidden > 0, counted, 0.76)  # known where the first is blind
+    joint = (hidden - hidden.mean(dim=0)).T @ (seen - seen.mean(dim=0)) / len(noise)
+    assert joint.abs().max() < 0.02, joint.abs().max()
+
+
+def test_contrast_has_its_hand_value_and_chance_is_the_logarithm_of_the_batch():
+    # Two images at one place. Cosines: .6 and 1 with their own, 0 and .8 with the other's target.
+    queries = torch.tensor([[[2.0, 0.0]], [[0.6, 0.8]]])
+    targets = torch.tensor([[[0.6, 0.8]], [[0.0, 5.0]]])
+    s = [[0.6, 0.0], [1.0, 0.8]]
+
+    def by_hand(rows, right, temperature):
+        scores = [[math.exp(v / temperature) for v in row] for row in rows]
+        parts = [row[i] / sum(row) for row, i in zip(scores, right, strict=True)]
+        return -sum(map(math.log, parts)) / len(parts)
+
+    close(siblings.info_nce(queries, targets), by_hand(s, [0, 1], 0.2), 1e-6)
+    # The same targets as the second and third of three processes' four.
+    more = torch.cat([torch.tensor([[[-1.0, 0.0]]]), targets, torch.tensor([[[0.0, -1.0]]])])
+    s = [[-1, 0.6, 0.0, 0], [-0.6, 1.0, 0.8, -0.8]]
+    close(siblings.info_nce(queries, more, 1, 0.5), by_hand(s, [1, 2], 0.5), 1e-6)
+    same = torch.ones(7, 3, 5)
+    close(siblings.info_nce(same, same), math.log(7), 1e-6)
+    close(siblings.byol_loss(queries, targets), 2 - 0.6 - 0.8, 1e-6)
+    torch.manual_seed(0)  # places are compared with their own kind alone: a loop
+    q, t = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    total = 0
+    for b, n in itertools.product(range(3), range(4)):
+        scores = torch.stack([F.cosine_similarity(q[b, n], t[m, n], dim=0) / 0.2 for m in range(3)])
+        total -= scores.log_softmax(dim=0)[b] / 12
+    close(siblings.info_nce(q, t), total, 1e-6)
+
+
+def test_c_mae_compares_complementary_views_at_the_same_place():
+    for loss, grain, symmetric in (
+        ("c_mae", "token", False),
+        ("c_mae", "mean", True),
+        ("byol_mae", "cls", True),
+    ):
+        flags = ["--grain", grain, *["--symmetric"] * symmetric]
+        run, args, (views, noise, _), terms = sibling_terms(loss, *flags)
+        hidden = torch.zeros(4, 16)
+        for b, n in hidden_patches(noise):
+            hidden[b, n] = 1
+        # Which patches of which view do queries and targets depend on?
+        views.requires_grad_()
+        pairs = run.network(views, 0.75, noise)
+        assert len(pairs) == 1 + symmetric
+        for direction, (queries, targets) in enumerate(pairs):
+            assert queries.shape == targets.shape == (4, 16 if grain == "token" else 1, 192)
+            assert not targets.requires_grad
+            (grad,) = torch.autograd.grad(queries.square().sum(), views, retain_graph=True)
+            seen = losses.patchify(grad[:, direction], 8).abs().amax(dim=2) > 0
+            assert torch.equal(seen, hidden == direction)
+            assert grad[:, 1 - direction].abs().max() == 0
+            # Targets: the same network, without predictor, as long as the teacher is its copy.
+            other = views[:, 1 - direction].detach()
+            expected = run.network.embed(other, hidden if direction else 1 - hidden)
+            close(targets, expected.detach(), 1e-6)
+        name = "contrast" if loss == "c_mae" else "disagreement"
+        compare = siblings.info_nce if loss == "c_mae" else siblings.byol_loss
+        close(terms[name], sum(compare(q, t) for q, t in pairs).detach() / len(pairs), 1e-5)
+
+
+def test_a_teacher_is_a_moving_average_that_starts_as_a_copy_and_has_no_gradient():
+    for loss in ("boot_mae", "c_mae"):
+        run, args, batch, _ = sibling_terms(loss)
+        own = dict(run.network.named_parameters())
+        trained = {id(p) for group in run.opt.param_groups for p in group["params"]}
+        start = {k: v.clone() for k, v in run.network.teacher.named_parameters()}
+        assert start.keys() <= own.keys() and len(start) > 50
+        for name, p in run.network.teacher.named_parameters():
+            assert torch.equal(p, own[name]) and p.grad is None and id(p) not in trained
+        # A network that jumps by 1 once: after k steps the teacher has done 1 - m^k of it.
+        with torch.no_grad():
+            for name in start:
+                own[name] += 1
+        for _ in range(5):
+            siblings.move_teacher(run.network, 0.9)
+        for name, p in run.network.teacher.named_parameters():
+            close(p, start[name] + 1 - 0.9**5, 1e-5)
+    args = SimpleNamespace(loss="boot_mae")
+    for epoch, wanted in ((1, 0.999), (51, 0.99945), (101, 0.9999), (300, 0.9999)):
+        close(siblings.teacher_momentum(epoch, args), wanted, 1e-9)
+    assert siblings.teacher_momentum(40, SimpleNamespace(loss="c_mae")) == 0.996
+
+
+def test_every_sibling_lowers_its_terms():
+    for loss in siblings.SIBLINGS:
+        run, args = tiny_sibling("--loss", loss, "--epochs", "1")
+        images, noise, seeds = sibling_batch(loss)
+        batch, progress = ((255 * images).byte(), noise, seeds, []), train.new_progress()
+        train.set_rate(run.opt, 1e-3)
+        history = []
+        for _ in range(20):
+            terms = finetune.step_gradients(run, [batch], progress, args)
+            history.append(terms["loss"].item())
+            finetune.update(run, apply=True)
+        assert np.mean(history[-3:]) < 0.75 * np.mean(history[:3]), (loss, history)
+
+
+def test_siblings_run_from_their_name_and_their_encoders_are_measured():
+    with scratch() as root:
+        for loss in siblings.SIBLINGS:
+            out, flags = root / loss, [*SIBLING, "--loss", loss, "--limit-images", 8]
+            flags += ["--epochs", 1, "--teacher", published_mae()]
+            assert sibling_command(*flags, "--out", out)[0] == 0
+            [row] = log_of(out)
+            paints = loss in siblings.PAINTS
+            assert math.isfinite(row["psnr" if paints else "val_loss"])
+            assert (out / "pictures" / "epoch_0001.png").exists() == paints
+            assert (out / "pictures" / "curves.png").exists()
+            path = ["--checkpoint", out / "checkpoint.pt", "--workers", 0]
+            knn = [*path, "--task", "knn", *PROBE, "--limit-images", 20]
+            assert command(*knn, script=finetune)[0] == 0
+            encoder, measured = kept_in(out)["mae"], opened_run([*path, *PROBE])[0].network.encoder
+            for name, value in measured.state_dict().items():
+                assert torch.equal(value, encoder[name]) or name == "pos_embed", name
+            if momentum := siblings.SIBLINGS[loss]["momentum"]:  # each step moves the teacher
+                after = []
+                for steps in (1, 2):
+                    out_k = ["--out", root / f"{loss}_steps", "--steps", steps]
+                    assert sibling_command(*flags, *out_k)[0] == 0
+                    after.append(kept_in(out_k[1])["mae"])
+                for name, value in after[1].items():
+                    if name.startswith("teacher.") and name != "teacher.pos_embed":
+                        own = after[1][name.removeprefix("teacher.")]
+                        expected = torch.lerp(after[0][name], own, 1 - momentum[0])
+                        close(value, expected, 1e-7)
+                teacher, own = (after[1][k] for k in ("teacher.norm.bias", "norm.bias"))
+                assert teacher.abs().max() > 0 and not torch.equal(teacher, own)
+            if loss == "boot_mae":  # --init: the teacher starts from the same weights
+                with contextlib.redirect_stdout(io.StringIO()):
+                    run, args = tiny_sibling("--loss", "c_mae", "--init", out / "checkpoint.pt")
+                assert torch.equal(run.network.teacher.cls_token, encoder["cls_token"])
+                assert torch.equal(run.network.cls_token, encoder["cls_token"])
+            run, args = tiny_run("--loss", "mse", "--init", str(out / "checkpoint.pt"))
+            with contextlib.redirect_stdout(io.StringIO()):
+                train.initialise(run, args)
+            assert torch.equal(run.mae.norm.weight, encoder["norm.weight"])
+            decoder = torch.equal(run.mae.mask_token, encoder.get("mask_token", torch.zeros(0)))
+            assert decoder == (loss == "r_mae")
+        none = root / "none.pt"
+        feature = [*SIBLING, "--loss", "feature_mae"]
+        sibling_refused(*feature, names=["--teacher FILE"])
+        sibling_refused(*feature, "--teacher", none, names=["none.pt"])
+        r_mae = root / "r_mae" / "checkpoint.pt"
+        flags = [*feature, "--teacher", r_mae]
+        sibling_refused(*flags, "--patch-size", 4, names=["8 px", "4"])
+        few = ["--limit-images", 8, "--out", root / "feature_mae"]
+        sibling_refused(*flags, *few, names=["--teacher", "mae.pth (now"])
+        c_mae = [*SIBLING, "--loss", "c_mae"]
+        sibling_refused(*c_mae, "--batch-size", 1, names=["--batch-size 1", "c_mae"])
+        sibling_refused(*c_mae, "--norm-pix-loss", names=["c_mae", "rows that paint"])
+        other = [*SIBLING, "--loss", "r_mae", "--out", root / "r_mae", "--second", "whole"]
+        sibling_refused(*other, "--limit-images", 8, names=["--second complement (now whole)"])
+
+
+def test_every_sibling_stopped_in_mid_epoch_continues_bit_for_bit():
+    for loss in siblings.SIBLINGS:
+        with scratch() as root:
+            flags = [*SIBLING, "--loss", loss, "--limit-images", 8, "--epochs", 2]
+            flags += ["--teacher", published_mae()]
+            assert sibling_command(*flags, "--out", root / "once")[0] == 0
+            assert sibling_command(*flags, "--out", root / "twice", "--steps", 3)[0] == 0
+            assert sibling_command(*flags, "--out", root / "twice")[0] == 0
+            same_weights(root / "once", root / "twice")
+            once, twice = log_of(root / "once"), log_of(root / "twice")
+            figure = "psnr" if loss in siblings.PAINTS else "val_loss"
+            assert [row[figure] for row in once] == [row[figure] for row in twice]
+
+
+def test_two_processes_give_the_gradients_of_one_for_every_sibling_in_two_steps():
+    with scratch() as folder:
+        finish(launch_pair("-m", "extras.test_extras", "--siblings", folder))
+        parts = [torch.load(f"{folder}/rank{r}.pt", weights_only=True) for r in range(2)]
+    for loss, first, second in zip(siblings.SIBLINGS, *parts, strict=True):
+        whole = sibling_gradients(loss, slice(None), 1)
+        for expected, a, b in zip(whole, first, second, strict=True):
+            assert torch.equal(a, b), loss  # the processes agree
+            close(a, expected, 2e-4 * expected.abs().max().item())
+
+
+def sibling_gradients(loss, part, accum):
+    """For `part` (a slice) of a batch: the network's gradients in two steps, plain SGD between."""
+    run, args = tiny_sibling("--loss", loss)
+    images, noise, seeds = (x[part] for x in sibling_batch(loss, 16))
+    batches = zip(*(x.chunk(accum) for x in ((images * 255).byte(), noise, seeds)), strict=True)
+    batches, results = [(*batch, []) for batch in batches], []
+    run.opt = torch.optim.SGD(run.network.parameters(), lr=1e-3)
+    for _ in range(2):  # in the second, DistributedDataParallel has rearranged its buckets
+        finetune.step_gradients(run, batches, train.new_progress(), args)
+        results.append(gradients(run.network).clone())
+        finetune.update(run, apply=True)
+    return results
+
+
+def gloo_siblings(folder):
+    """One process of the test above: this rank's half of the batch, for every sibling."""
+    train.start_processes()
+    rank, results = int(os.environ["RANK"]), []
+    for loss in siblings.SIBLINGS:  # accumulated, too, where images are not compared
+        results.append(sibling_gradients(loss, slice(rank, None, 2), 1 if loss == "c_mae" else 2))
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    train.stop_processes()
+
+
+# ---- CKA -----------------------------------------------------------------------------------------
+
+
+def slow_hsic(K, L):
+    """The U-statistic that defines HSIC, over all quadruples of different images (Song et al. 2012,
+    eq. 5: the kernel of its order-four statistic, one term for each ordered quadruple)."""
+    total, count = 0.0, 0
+    for i, j, q, r in itertools.permutations(range(len(K)), 4):
+        total += (K[i, j] * (L[i, j] + L[q, r] - 2 * L[i, q])).item()
+        count += 1
+    return total / count
+
+
+def test_hsic_equals_the_mean_over_quadruples_of_images():
+    generator = torch.Generator().manual_seed(0)
+    for n in (4, 7):
+        x, y = (torch.randn(n, c, generator=generator).double() for c in (3, 5))
+        K, L = x @ x.T, y @ y.T  # not centred, with their diagonals
+        close(cka.hsic(K, L), slow_hsic(K, L), 1e-12)
+        close(
+            cka.hsic(torch.stack([K, K]), torch.stack([L, K])),
+            [slow_hsic(K, L), slow_hsic(K, K)],
+            1e-12,
+        )
+        close(cka.cka_sums(x + 7, y)[0], n * slow_hsic(K, L), 1e-12)  # shifts change nothing
+
+
+def test_cka_is_1_of_features_turned_shifted_and_scaled_and_0_of_unrelated_ones():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 64, 300, generator=generator)  # five batches of 64, 300 channels
+    turn = torch.linalg.qr(torch.randn(300, 300, generator=generator))[0]
+    same = cka.cka(cka.cka_sums(x, 3 * x @ turn + 2).sum(dim=0))
+    close(same, 1, 1e-5)
+    sums = cka.cka_sums(*torch.randn(2, 50, 64, 300, generator=generator))
+    assert sums.shape == (50, 3) and sums.dtype == torch.float64
+    close(cka.cka(sums.sum(dim=0)), 0, 0.01)
+
+    def biased(x, y):  # the plain formula
+        x, y = x - x.mean(dim=0), y - y.mean(dim=0)
+        return (x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
+
+    assert biased(*torch.randn(2, 64, 300, generator=generator)) > 0.75
+    assert not cka.cka(torch.zeros(3)).isfinite() and not cka.cka(-torch.ones(3)).isfinite()
+
+
+def test_cka_compares_any_checkpoints_and_random_weights_block_by_block():
+    with scratch() as root:
+        for loss in ("mse", "msg_gan_p"):
+            (root / loss).mkdir()
+            save_autoencoder(root / loss / "checkpoint.pt", "--loss", loss, "--seed", "1")
+        mse, msg = (root / loss / "checkpoint.pt" for loss in ("mse", "msg_gan_p"))
+        weights = torch.load(mse, weights_only=True)["mae"]
+        torch.save({"model": weights}, root / "published.pth")
+        given = [*CKA, "--val-images", 14, "--batch-size", 6]  # 6, 6, and 2: too few
+        files = ["none", mse, msg, root / "published.pth"]
+        assert cka_command(*given, "--checkpoint", *files, "--out", root / "out")[0] == 0
+        found = json.loads((root / "out" / "cka.json").read_text())
+        names = ["mse", "msg_gan_p", "published", "random weights"]
+        assert list(found["cka"]) == names and found["images"] == 12
+        assert found["cka"]["published"] == found["cka"]["mse"]
+        assert found["cka"]["random weights"] != found["cka"]["mse"]
+        values = torch.tensor(found["cka"]["mse"])
+        assert values.shape == (9, 6) and found["ratios"] == [n / 10 for n in range(1, 10)]
+        assert (values[0] > values[-1]).all()  # .1 and .9 hidden
+        assert (root / "out" / "pictures" / "cka.png").exists()
+        # By hand: the third block where .7 is hidden.
+        encoder = model.build_encoder("tiny", 32, 8, 0.0)
+        model.load_whole(encoder, model.encoder_weights(weights, 4, ""), "")
+        source = data.open_sources("shapes", image_size=32, seed=0)[1]
+        dataset = data.PretrainSet(
+            source, augment=False, limit=14, image_size=32, num_patches=16, seed=0
+        )
+        images, noise, *_ = data.collate([dataset[0, i] for i in range(12)])
+        visible = noise.argsort(dim=1)[:, :4]  # int(16 * .3)
+        tokens = [encoder.encode(images / 255, ids, [3])[1][0] for ids in (visible, None)]
+        mean = [*given, "--pool", "mean", "--checkpoint", mse, "--out", root / "mean"]
+        assert cka_command(*mean)[0] == 0
+        of_means = torch.tensor(json.loads((root / "mean" / "cka.json").read_text())["cka"]["mse"])
+        for part, measured in ((slice(0, 1), values), (slice(1, None), of_means)):
+            x, y = (t[:, part].mean(dim=1).detach().double() for t in tokens)
+            hsic = [
+                sum(
+                    slow_hsic(a[n : n + 6] @ a[n : n + 6].T, b[n : n + 6] @ b[n : n + 6].T)
+                    for n in (0, 6)
+                )
+                for a, b in ((x, y), (x, x), (y, y))
+            ]
+            close(measured[6, 2], hsic[0] / (hsic[1] * hsic[2]) ** 0.5, 1e-4)
+
+
+def test_cka_sums_of_two_processes_are_those_of_their_parts_and_bad_images_are_left_out():
+    with scratch() as root:
+        write_folder(root / "train", count=2)
+        write_folder(root / "val", count=10)
+        flags = [*CKA, *RANDOM, "--data", root, "--batch-size", 5, "--seed", 3]
+        (root / "val" / "b" / "3.png").write_text("not an image")
+        parts, real = [], train.of_all_processes
+
+        def gather(thing):  # one process after the other; the last one sees all
+            if isinstance(thing, tuple):
+                parts.append(thing)
+                return parts
+            return real(thing)
+
+        for rank in range(2):
+            place = dict(rank=lambda n=rank: n, world_size=lambda: 2, is_main=lambda n=rank: n == 1)
+            with mock.patch.multiple(train, of_all_processes=gather, **place):
+                with mock.patch.object(cka, "is_main", place["is_main"]):
+                    assert cka_command(*flags, "--out", root / "two")[0] == 0
+        found = json.loads((root / "two" / "cka.json").read_text())
+        assert found["images"] == 19 and [count for _, count in parts] in ([10, 9], [9, 10])
+        total = parts[0][0]["random weights"] + parts[1][0]["random weights"]
+        close(found["cka"]["random weights"], cka.cka(total), 0)
+        status, errors = cka_command(*flags, "--out", root / "one")
+        assert status == 0 and errors.count("left out: ") == 1 and "b/3.png" in errors, errors
+        one = json.loads((root / "one" / "cka.json").read_text())
+        assert one["images"] == 19 and one["unreadable"] == 1 and one["seed"] == 3
+
+
+def test_cka_refuses_what_it_cannot_compare_in_one_line():
+    with scratch() as root:
+        small, large = root / "small.pt", root / "large.pt"
+        save_autoencoder(small)
+        save_autoencoder(large, "--image-size", "64")
+        given = [*CKA, "--val-images", 8, "--out", root / "out", "--checkpoint"]
+        cka_refused(*given, small, large, names=["large.pt", "(64, 8)", "(32, 8)", "apart"])
+
+        cka_refused(*given, small, "--val-images", 3, names=["3 images", "too few"])
+        cka_refused(*given, small, "--patch-size", 4, names=["--patch-size 4", "has 8"])
+        few = ["--model", "nano", "--image-size", 32, "--patch-size", 16]
+        cka_refused(*given, "none", *few, names=["none of 4 patches"])
+        cka_refused(*given, root / "no.pt", "none", names=["no.pt does not exist"])
+        assert not (root / "out").exists()
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["--siblings"]:  # a process of a test above
+    gloo_siblings(sys.argv[2])
