@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 import traceback
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
@@ -2008,8 +2010,6 @@ def test_every_row_stopped_in_mid_epoch_continues_bit_for_bit():
             same_weights(root / "once", root / "twice")
 
 
-
-
 def test_a_run_within_an_epoch_keeps_its_batch_and_steps_count_from_the_start():
     with scratch() as out:
         flags = [*FAST, "--limit-images", 16, "--epochs", 2, "--out", out]
@@ -3180,6 +3180,9 @@ def test_every_name_in_the_readmes_map_of_the_paper_exists():
 # ---- Runner --------------------------------------------------------------------------------------
 
 
+TESTS = {}  # what `main` runs
+
+
 def find_tests(names):
     """-> {name: test}: those of this file, then those of extras/ where it is there.
 
@@ -3194,18 +3197,29 @@ def find_tests(names):
     return {k: v for k, v in tests.items() if not words or any(word in k for word in words)}
 
 
+def run_test(name):
+    """Run one test -> (name, seconds, "passed" or the traceback)."""
+    began = time.perf_counter()
+    try:
+        TESTS[name]()
+        outcome = "passed"
+    except Exception:
+        outcome = "FAILED\n" + traceback.format_exc()
+    return name, time.perf_counter() - began, outcome
+
+
 def main():
-    tests, failed = find_tests(sys.argv[1:]), 0
-    for name, test in tests.items():
-        began = time.perf_counter()
-        try:
-            test()
-            outcome = "passed"
-        except Exception:
-            failed += 1
-            outcome = "FAILED\n" + traceback.format_exc()
-        print(f"{time.perf_counter() - began:6.1f} s  {name}: {outcome}", flush=True)
-    print(f"{len(tests) - failed} passed, {failed} failed")
+    TESTS.update(find_tests(sys.argv[1:]))
+    failed, cores = 0, len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    if cores > 1:  # each test in one of several processes, which start as copies of this one
+        fork = multiprocessing.get_context("fork")
+        results = ProcessPoolExecutor(min(cores, 4), mp_context=fork).map(run_test, TESTS)
+    else:
+        results = map(run_test, TESTS)
+    for name, seconds, outcome in results:
+        failed += outcome != "passed"
+        print(f"{seconds:6.1f} s  {name}: {outcome}", flush=True)
+    print(f"{len(TESTS) - failed} passed, {failed} failed")
     return 1 if failed else 0
 
 
