@@ -1310,7 +1310,7 @@ def build_loss_network(kind, path=None):
         if kind == "vgg":  # the classifier and the last convolutions are not needed
             wanted = phi.state_dict()
             weights = {k: v for k, v in weights.items() if k in wanted} or weights
-        if faults := misfits(phi, weights, most=3):
+        if faults := misfits(phi, weights):
             raise ValueError(faults)
     except (ValueError, OSError, RuntimeError) as error:
         raise ValueError(
@@ -1391,10 +1391,10 @@ def encoder_weights(weights, side, path):
     return weights
 
 
-def misfits(network, weights, most=None):
+def misfits(network, weights, most=3):
     """How weights {name: tensor} do not fit a network: one line, "" if they do.
 
-    most: list no more than so many names of a kind.
+    most: names that are listed of each kind of fault.
     """
     expected = network.state_dict()
     faults = {
@@ -1409,7 +1409,7 @@ def misfits(network, weights, most=None):
     listed = []
     for what, names in faults.items():
         if names:
-            rest = f" and {len(names) - most} more" if most and len(names) > most else ""
+            rest = f" and {len(names) - most} more" if len(names) > most else ""
             listed.append(f"{what}: {', '.join(names[:most])}{rest}")
     return "; ".join(listed)
 

@@ -52,7 +52,8 @@ ROWS = [(loss, "auto") for loss in losses.LOSSES]  # and the ablations
 ROWS += [("msg_gan_p", "mae"), ("stylegan2_ada_p", "mae"), ("mse", "msg_mae")]
 TINY = ["--model", "tiny", "--image-size", "32", "--patch-size", "8", "--data", "shapes"]
 TINY += ["--d-channels", "8", "--d-max", "32"]
-FAST = [*TINY, "--batch-size", "4", "--val-images", "4", "--workers", "0", "--lr", "1e-3"]
+FAST = [*TINY, "--model", "nano", "--batch-size", "4", "--val-images", "4", "--workers", "0"]
+FAST += ["--lr", "1e-3"]
 
 
 torch.set_num_threads(1)  # on so small networks a second thread costs more than it brings
@@ -1559,7 +1560,8 @@ def test_a_discriminator_at_rate_0_stays_as_drawn_while_g_learns_from_its_featur
         assert command(*flags, "--epochs", 2, "--d-lr", 0, "--out", root)[0] == 0
         kept = kept_in(root)
         assert kept["progress"]["step"] == 4 and log_of(root)[1]["feature"] > 0
-        run, _ = tiny_run("--loss", "msg_gan_p")  # the same seed draws the same D
+        # The same seed draws the same D.
+        run, _ = tiny_run("--loss", "msg_gan_p", "--model", "nano")
         drawn = run.disc.state_dict()
         assert all(torch.equal(v, drawn[k]) for k, v in kept["disc"].items())
         moved = (
@@ -2209,7 +2211,7 @@ def test_unfit_checkpoints_are_refused():
         assert command(*flags)[0] == 0
         before = (root / "run" / "checkpoint.pt").read_bytes()
         refused(*flags, "--loss", "ls_gan", names=["--loss mse (now ls_gan)", "--out"])
-        refused(*flags, "--model", "small", names=["--model tiny (now small)"])
+        refused(*flags, "--model", "small", names=["--model nano (now small)"])
         refused(*flags, "--image-size", 64, names=["--image-size 32 (now 64)"])
         for name, content in {"text.pt": b"hello", "short.pt": before[:1000]}.items():
             (root / name).write_bytes(content)
@@ -2260,7 +2262,7 @@ def worker_of(launcher, *, after=0):
 
 def test_a_run_killed_and_one_told_to_stop_are_restarted_and_end_like_one_never_stopped():
     with scratch() as folder:
-        flags = ["train.py", *TINY, "--batch-size", 4, "--val-images", 4, "--workers", 2]
+        flags = ["train.py", *FAST, "--workers", 2]
         # The row with the most state: ADA's p, the running mean of path lengths.
         flags += ["--loss", "stylegan2_ada_p", "--ada-images", 500, "--limit-images", 80]
         flags += ["--epochs", 2, "--save-steps", 7]
@@ -2307,7 +2309,7 @@ def row_gradients(loss, arch, part, accum):
     the gradient, which magnifies rounding.
     """
     flags = ["--r1-gamma", "0.1", "--r1-every", "1", "--path-every", "1", "--ada-images", "100"]
-    run, args = tiny_run("--loss", loss, "--arch", arch, *flags)
+    run, args = tiny_run("--loss", loss, "--arch", arch, "--model", "nano", *flags)
     images, noise, seeds = (x[part] for x in tiny_batch(16))
     batches = zip(*(x.chunk(accum) for x in ((images * 255).byte(), noise, seeds)), strict=True)
     batches, results = [(*batch, []) for batch in batches], []
@@ -2422,7 +2424,7 @@ def test_other_weights_start_a_run_with_their_decoder_and_the_rest_is_new():
 def test_files_of_other_weights_are_refused_by_the_names_that_differ():
     with scratch() as root:
         save_autoencoder(root / "checkpoint.pt")
-        ours, fast = kept_in(root)["mae"], [*FAST, "--out", root / "run"]
+        ours, fast = kept_in(root)["mae"], [*FAST, "--model", "tiny", "--out", root / "run"]
         files = {
             "half": {k: v for k, v in ours.items() if not k.startswith("decoder_norm")},
             "more": ours | {"surplus": torch.zeros(1)},
@@ -2440,6 +2442,10 @@ def test_files_of_other_weights_are_refused_by_the_names_that_differ():
             "no": "does not exist",
         }.items():
             refused(*fast, "--init", root / f"{name}.pt", names=[f"{name}.pt", words])
+        save_autoencoder(root / "checkpoint.pt", "--model", "nano")  # of another size
+        other = [*fast, "--init", root / "checkpoint.pt"]
+        refused(*other, names=["blocks.4.attn.qkv.weight and 33 more", "cls_token [1, 1, 128] for"])
+        assert len(command(*other)[1]) < 1000
         odd = root / "odd.pt"
         dvae, vgg = (flag.split("=")[1] for flag in loss_network_flags())
         for loss, kind, other, misfit in (
@@ -3211,14 +3217,15 @@ def run_test(name):
 def main():
     TESTS.update(find_tests(sys.argv[1:]))
     failed, cores = 0, len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
-    if cores > 1:  # each test in one of several processes, which start as copies of this one
+    pool = None
+    if cores > 1:  # tests share several processes, which start as copies of this one
         fork = multiprocessing.get_context("fork")
-        results = ProcessPoolExecutor(min(cores, 4), mp_context=fork).map(run_test, TESTS)
-    else:
-        results = map(run_test, TESTS)
-    for name, seconds, outcome in results:
+        pool = ProcessPoolExecutor(min(cores, 4), mp_context=fork)
+    for name, seconds, outcome in (pool.map if pool else map)(run_test, TESTS):
         failed += outcome != "passed"
         print(f"{seconds:6.1f} s  {name}: {outcome}", flush=True)
+    if pool:
+        pool.shutdown()
     print(f"{len(TESTS) - failed} passed, {failed} failed")
     return 1 if failed else 0
 

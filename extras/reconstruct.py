@@ -148,7 +148,7 @@ class InceptionFeatures(nn.Module):
         # Older files do not count batches; the count is of no use in evaluation.
         counters = {k: v for k, v in network.state_dict().items() if "num_batches_tracked" in k}
         weights = counters | weights
-        if faults := model.misfits(network, weights, most=3):
+        if faults := model.misfits(network, weights):
             raise ValueError(faults)
         network.load_state_dict(weights)
         if classes == 1008:
