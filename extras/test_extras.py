@@ -352,7 +352,8 @@ def test_exported_weights_start_other_runs():
             assert "took 78 tensors of the encoder" in output.getvalue(), output.getvalue()
             given = ["--checkpoint", file, "--task", "knn", *PROBE, "--limit-images", 20]
             assert tune(*given, "--out", root / "knn") == (0, "")
-        msg = [*FAST, "--loss", "msg_gan", "--init", source, "--out", root, "--resume", "off"]
+        msg = [*FAST, "--model", "tiny", "--loss", "msg_gan", "--init", source, "--out", root]
+        msg += ["--resume", "off"]
         assert command(*msg, "--limit-images", 4, "--epochs", 1)[0] == 0
         hf = ["--checkpoint", source, "--format", "hf", "--out", root / "x.pt"]
         refused(*hf, names=["decoder_rgb", "timm"], script=export)
