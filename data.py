@@ -32,6 +32,8 @@ from torchvision.transforms import v2
 
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet: pads what is smaller than its frame
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
+# What such a file may hold, whatever its name: pillow would start other programs for some formats.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 EXIF_ORIENTATION = 0x0112  # tag: 1 = upright, 5 to 8 = lying on its side
 CURVE_COLOURS = (  # of the lines of one chart
     *("#1f5fa8", "#d9731a", "#3a8f3a", "#b8324a"),
@@ -437,7 +439,7 @@ class Folder(Dataset):
         return len(self.files)
 
     def __getitem__(self, i):
-        return Image.open(self.files[i]), self.targets[i]
+        return Image.open(self.files[i], formats=IMAGE_FORMATS), self.targets[i]
 
 
 def list_images(folder):

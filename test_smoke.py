@@ -1953,7 +1953,10 @@ def test_a_run_says_where_it_begins_how_it_goes_on_and_that_it_ends_below_mean_f
         for more in (["--steps", 1], []):
             assert command(*FAST, *flags, root, *more)[0] == 0
     lines = [call.args[0] for call in say.call_args_list]
-    expected = ["from the start: 8 training images, 4 per step", "to continue, raise --steps"]
+    expected = [
+        "from the start: 8 training images of 32 x 32 px, 4 per step",
+        "to continue, raise --steps",
+    ]
     expected += [
         "from step 1: 8 training images",
         "try more than 2 steps, or another --lr than 1e-09",

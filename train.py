@@ -543,6 +543,15 @@ def of_all_processes(thing):
     return things
 
 
+def gathered_on_main(thing):
+    """Every process's `thing`, as a list by their ranks, on the main process; None on others."""
+    if not dist.is_initialized():
+        return [thing]
+    things = [None] * world_size() if is_main() else None
+    dist.gather_object(thing, things)
+    return things
+
+
 def sum_over_processes(values, device):
     """Sum each number of a dict over all processes, in one collective and one GPU sync.
 
@@ -888,7 +897,8 @@ def open_run(run, train_set, args):
         fail(f"the nodes disagree on {out}/checkpoint.pt: put --out on a disk that they share")
     if is_main() and not finished(progress, args):
         start_output(out, progress["epoch"])
-        count = f"{layout['training images']} training images, {images_per_step(args)} per step"
+        size, count = args.image_size, f"{layout['training images']} training images"
+        count += f" of {size} x {size} px, {images_per_step(args)} per step"
         if len(train_set) != layout["training images"]:
             count += f", {len(train_set)} per epoch"
         begins = f"from step {progress['step']}" if progress["step"] else "from the start"

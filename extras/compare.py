@@ -51,7 +51,7 @@ def read_runs(folder):
             if not seed.isdigit():
                 fail(f"{log} is not of ROW/SEED/, SEED a number; there must be no other logs")
             *_, last = data.read_log(log) or [{}]
-            scores = [name for name in SCORES if name in last]
+            scores = [name for name in SCORES if is_score(last.get(name))]
             if not scores:
                 say(f"{log} is left out: it does not end with any of {', '.join(SCORES)}")
             for score in scores:
@@ -63,6 +63,11 @@ def read_runs(folder):
             epochs = sorted(epochs, key=str)
             say(f"{name}: logs end at different epochs, {epochs}; are some runs unfinished?")
     return found
+
+
+def is_score(value):
+    """Is it a measured value? A log may also hold nan, or AP's -1: no such objects in the truth."""
+    return value is not None and math.isfinite(value) and value != -1
 
 
 def mean_and_error(values):

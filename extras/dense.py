@@ -94,6 +94,21 @@ class FeaturePyramid(nn.Module):
         return [*below, norm + top]
 
 
+# ---- Images as their annotations see them --------------------------------------------------------
+
+
+def lies_as(image, size):
+    """Do annotations made for `size` (width, height) fit an opened PIL image?
+
+    PAPER SILENT: EXIF. Where the image as it is stored has that size, so do the annotations mean
+    it: a note in the file that it be turned is then dropped here. Else it must have that size
+    once turned.
+    """
+    if image.format != "TIFF" and image.size == size:  # pillow turns TIFFs by itself
+        image.getexif().pop(data.EXIF_ORIENTATION, None)
+    return data.upright_size(image) == size
+
+
 # ---- Images and maps as squares ------------------------------------------------------------------
 
 
@@ -343,6 +358,7 @@ def build_run(Network, args, weights, device, **task):
     args: as `finetune.open_checkpoint` and `build_data` leave them. weights: the former's. task:
     what is left of `finetune.build_run`'s arguments.
     """
+    torch.backends.cudnn.benchmark = False  # the numbers of regions and of windows vary
     torch.manual_seed(args.seed)  # the same initial weights on every process
     sizes = (args.image_size, args.patch_size, args.drop_path)
     with train.refusals():  # sizes that do not fit each other, or weights that do not
@@ -373,7 +389,8 @@ def build_parser(task, *, what, layout, width, scales, fits, layer_decay):
 
     PAPER SILENT: settings of both tasks beyond rates, decay and epochs, which sec. 4 and Table 2
     give for "all fine-tuned models". Ours: ViTDet's and MMSegmentation's layer-wise decay for
-    ViT-B, both their stochastic depth, and the widths of both their heads.
+    ViT-B, both their stochastic depth, and the widths of both their heads. The input size, too: the
+    checkpoint's (pre-training: 224 px), unless --image-size; the field has 1024 and 512 px.
     """
     parser = argparse.ArgumentParser(
         description=f"{what} with a pre-trained encoder.",

@@ -15,7 +15,9 @@ and pictures/detections.png.
 """
 
 import json
+import math
 import os
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,6 +97,21 @@ def paste_masks(masks, boxes, height, width):
     return pasted
 
 
+class Anchors(rpn.AnchorGenerator):
+    """torchvision's anchors, but as far apart as the cells of the maps are.
+
+    torchvision's step is image side // map side, too short where a side was rounded up: 56 px for
+    the 4 cells of 64 px that the coarsest map of a 224 px image has.
+    """
+
+    def __init__(self, sizes, ratios, steps):
+        super().__init__(sizes, ratios)
+        self.steps = steps  # pixels from cell to cell, of each map
+
+    def grid_anchors(self, grid_sizes, strides):
+        return super().grid_anchors(grid_sizes, [[torch.tensor(s)] * 2 for s in self.steps])
+
+
 class Detector(dense.FeaturePyramid):
     """Mask R-CNN (He et al. 2017) over the pyramid of a ViT: boxes, classes and masks of objects.
 
@@ -128,7 +145,7 @@ class Detector(dense.FeaturePyramid):
         layers, outputs = 4 * [width], classes + 1  # 0 = background
         parts = MaskRCNN(
             SimpleNamespace(out_channels=width),  # no backbone: `forward` calls the parts
-            rpn_anchor_generator=rpn.AnchorGenerator(tuple(sizes), 5 * ((0.5, 1.0, 2.0),)),
+            rpn_anchor_generator=Anchors(tuple(sizes), 5 * ((0.5, 1.0, 2.0),), strides),
             rpn_head=rpn.RPNHead(width, 3, conv_depth=2),
             box_roi_pool=MultiScaleRoIAlign(output_size=7, **scale),
             box_head=faster_rcnn.FastRCNNConvFCHead((width, 7, 7), layers, [4 * width], **norm),
@@ -250,16 +267,18 @@ def evaluate_detector(run, loader, known, args):
             index = objects["index"]
             rows.append((index, *pair, coco_results(detections, loader.dataset.source, index)))
     finetune.note_unread(found, known, loader.dataset)
-    rows = sorted(sum(train.of_all_processes(rows), []), key=lambda row: row[0])  # COCO's order
-    _, boxes, masks, results = zip(*rows, strict=True)
-    row = coco_ap(boxes)
-    row |= {f"mask_{name}": value for name, value in coco_ap(masks).items()}
-    row = {name: 100 * value if value >= 0 else value for name, value in row.items()}
+    parts, row = train.gathered_on_main(rows), {}
     if train.is_main():
+        rows = sorted(sum(parts, []), key=lambda row: row[0])  # COCO's order
+        _, boxes, masks, results = zip(*rows, strict=True)
+        row = coco_ap(boxes)
+        row |= {f"mask_{name}": value for name, value in coco_ap(masks).items()}
+        row = {name: 100 * value if value >= 0 else value for name, value in row.items()}
+        row["val_images"] = len(rows)
         write_results(args.out, [entry for image in results for entry in image])
         draw_detections(run, loader.dataset, args)
     network.train()
-    return row | {"val_images": len(rows)}
+    return train.of_all_processes(row)[0]
 
 
 def coco_results(found, source, index):
@@ -551,14 +570,16 @@ def mask_boxes(masks):
 class CocoScenes(Dataset):
     """COCO's own layout: `scenes[i]` is (PIL image, its objects); the image is opened, not decoded.
 
-    Objects are a dict of tensors: boxes (N, 4) float32, xyxy in pixels; labels (N,) int64 from 1 (0
+    Objects are a dict of tensors: boxes (N, 4) float64, xyxy in pixels; labels (N,) int64 from 1 (0
     is the background); masks (N, H, W) bool; crowd (N,) bool, is it a group of objects; area (N,)
-    float32, as COCO lists it. classes[label - 1] is a label's name, category_ids[label - 1] its
+    float64, as COCO lists it. classes[label - 1] is a label's name, category_ids[label - 1] its
     number in COCO's files, image_ids[i] that of image i, ascending.
 
     ValueError, one line, for whatever is wrong in folder/annotations/instances_{split}2017.json or
     does not fit folder/{split}2017; reading an image of another size than listed raises it, too.
     """
+
+    FAR = 10  # image sides; a corner further away is an error, and would take gigabytes to draw
 
     def __init__(self, folder, split):
         self.path = Path(folder) / "annotations" / f"instances_{split}2017.json"
@@ -569,6 +590,7 @@ class CocoScenes(Dataset):
         try:
             content = json.loads(self.path.read_text())
             listed = sorted(content["images"], key=lambda row: row["id"])
+            self._check_images(listed)
             categories = sorted(content["categories"], key=lambda row: row["id"])
             self.image_ids = [row["id"] for row in listed]
             self.sizes = [[row["height"], row["width"]] for row in listed]
@@ -590,6 +612,19 @@ class CocoScenes(Dataset):
                 "images again, or take them out of the list"
             )
 
+    def _check_images(self, listed):
+        """ValueError if an image is listed twice, or lies outside of its folder."""
+        ids = {row["id"] for row in listed}
+        if len(ids) < len(listed):
+            twice = next(a["id"] for a, b in pairwise(listed) if a["id"] == b["id"])
+            raise ValueError(f"{self.path}: image {twice} is listed twice; replace the file")
+        for row in listed:
+            if ".." in Path(row["file_name"]).parts or Path(row["file_name"]).is_absolute():
+                raise ValueError(
+                    f"{self.path}: file_name {row['file_name']} of image {row['id']} leaves the "
+                    "folder of images; give it relative to that"
+                )
+
     def _check(self, row, place):
         """ValueError if an annotation does not fit the lists of images and categories."""
         wrong, outline = None, row["segmentation"]
@@ -599,15 +634,21 @@ class CocoScenes(Dataset):
             wrong = f"is of category {row['category_id']}, which is not listed"
         elif len(row["bbox"]) != 4:
             wrong = f"has a box of {len(row['bbox'])} numbers, not 4"
-        elif isinstance(outline, dict) and outline["size"] != self.sizes[place[row["image_id"]]]:
-            size = self.sizes[place[row["image_id"]]]
-            wrong = f"has a mask of {outline['size']}, its image {size} (height, width)"
+        elif not all(map(math.isfinite, row["bbox"])) or min(row["bbox"][2:]) < 0:
+            wrong = f"has a box of width and height {row['bbox'][2:]}"
+        elif isinstance(outline, dict):
+            if outline["size"] != (size := self.sizes[place[row["image_id"]]]):
+                wrong = f"has a mask of {outline['size']}, its image {size} (height, width)"
+        else:
+            reach = self.FAR * max(self.sizes[place[row["image_id"]]])
+            if not all(-reach <= min(part) <= max(part) <= reach for part in outline if part):
+                wrong = f"has corners more than {self.FAR} sides away from its image"
         if wrong:
             raise ValueError(f"{self.path}: annotation {row['id']} {wrong}; replace the file")
 
     def _object(self, row):
         """What is kept of an annotation: (box, label, draw, outline, crowd, area)."""
-        x, y, w, h = row["bbox"]
+        x, y, w, h = map(float, row["bbox"])
         label, outline = self.category_ids.index(row["category_id"]) + 1, row["segmentation"]
         if isinstance(outline, dict):
             draw, outline = rle_to_mask, outline["counts"]
@@ -619,8 +660,9 @@ class CocoScenes(Dataset):
         return len(self.files)
 
     def __getitem__(self, i):
-        image, (height, width) = Image.open(self.files[i]), self.sizes[i]
-        if data.upright_size(image) != (width, height):
+        image = Image.open(self.files[i], formats=data.IMAGE_FORMATS)
+        height, width = self.sizes[i]
+        if not dense.lies_as(image, (width, height)):
             raise ValueError(
                 f"{self.files[i]} has {data.upright_size(image)} pixels (width, height), its masks "
                 f"{(width, height)}, says {self.path}; replace one of them"
@@ -631,11 +673,11 @@ class CocoScenes(Dataset):
         for n, outline in enumerate(outlines):
             masks[n] = draw[n](outline, height, width)
         return image, {
-            "boxes": torch.tensor(boxes, dtype=torch.float32).view(-1, 4),
+            "boxes": torch.tensor(boxes, dtype=torch.float64).view(-1, 4),
             "labels": torch.tensor(labels, dtype=torch.int64),
             "masks": torch.from_numpy(masks),
             "crowd": torch.tensor(crowd, dtype=torch.bool),
-            "area": torch.tensor(area, dtype=torch.float32),
+            "area": torch.tensor(area, dtype=torch.float64),
         }
 
 

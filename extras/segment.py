@@ -162,7 +162,7 @@ def segment(run, batch, args):
         if args.slide:
             with run.autocast():
                 image = data.to_float(truth["whole"].to(run.device))
-                logits = slide(network, image, args.image_size)
+                logits = slide(network, image, args.image_size, args.batch_size)
             place = place._replace(rows=logits.shape[1], columns=logits.shape[2])
         else:
             logits = outputs[number]
@@ -170,24 +170,32 @@ def segment(run, batch, args):
     return pairs
 
 
-def slide(network, image, side):
-    """Mean logits (classes, h, w) of all windows of an image (3, h, w), h and w `side` or more.
+def slide(network, image, side, batch_size):
+    """Mean logits (classes, h, w) of all windows of an image (3, h, w).
 
     PAPER SILENT: measuring. MMSegmentation's windows, side x side, each two thirds of a side after
-    the one before; the last end where the image ends.
+    the one before; the last end where the image ends. Where that is narrower than a window, the
+    mean colour fills the rest. batch_size: windows that the network sees at a time.
     """
-    starts, step = [], 2 * side // 3
-    for length in image.shape[1:]:
+    height, width = image.shape[1:]
+    fill = image.new_tensor(data.MEAN_COLOUR).view(3, 1, 1) / 255
+    canvas = fill.repeat(1, max(side, height), max(side, width))
+    canvas[:, :height, :width] = image
+    starts, step, total = [], 2 * side // 3, 0
+    for length in canvas.shape[1:]:
         count = 1 + math.ceil((length - side) / step)
         starts.append([min(i * step, length - side) for i in range(count)])
     places = [(slice(y, y + side), slice(x, x + side)) for y in starts[0] for x in starts[1]]
-    windows = network(torch.stack([image[:, rows, columns] for rows, columns in places]))
-    total = windows.new_zeros(windows.shape[1], *image.shape[1:])
-    count = torch.zeros_like(total[:1])
-    for (rows, columns), logits in zip(places, windows, strict=True):
-        total[:, rows, columns] += logits
-        count[:, rows, columns] += 1
-    return total / count
+    count = torch.zeros_like(canvas[:1])
+    for first in range(0, len(places), batch_size):
+        some = places[first : first + batch_size]
+        windows = network(torch.stack([canvas[:, rows, columns] for rows, columns in some]))
+        if first == 0:
+            total = windows.new_zeros(windows.shape[1], *canvas.shape[1:])
+        for (rows, columns), logits in zip(some, windows, strict=True):
+            total[:, rows, columns] += logits
+            count[:, rows, columns] += 1
+    return (total / count)[:, :height, :width]
 
 
 @torch.no_grad()
@@ -248,7 +256,7 @@ class SegmentationSet(dense.DenseSet):
     """`dense.DenseSet` of class maps: in training that of a view, (S, S) uint8.
 
     Evaluation: under "map", and with slide=True "whole", the image with its shorter side resized to
-    S, (3, h, w).
+    S, or its longer one to 4 S if that is less, (3, h, w).
 
     PAPER SILENT: augmentation. Shorter side S times .5 to 2, crops, flips, colours, as in
     MMSegmentation, but no second try where one class fills a crop.
@@ -257,7 +265,7 @@ class SegmentationSet(dense.DenseSet):
     def __init__(self, *args, slide=False, **options):
         super().__init__(*args, **options)
         self.slide = slide  # evaluation is to slide windows over whole images
-        self.distort = v2.ColorJitter(32 / 255, 0.5, 0.5, 18 / 360)  # MMSegmentation's strengths
+        self.distort = v2.ColorJitter(32 / 255, 0.5, 0.5, 18 / 180)  # MMSegmentation's; hue: of 180
 
     def companion(self, index):
         """A map of nothing known."""
@@ -274,8 +282,13 @@ class SegmentationSet(dense.DenseSet):
         """What is known of an image (3, H, W), and what windows slide over."""
         if not self.slide:
             return {"map": target}
-        whole = v2.functional.resize(image, [self.image_size], antialias=True)
-        return {"map": target, "whole": whole}
+        # PAPER SILENT: MMSegmentation's 2048 x 512: a strip may not become endless.
+        height, width = image.shape[1:]
+        S = self.image_size
+        ratio = min(S / min(height, width), 4 * S / max(height, width))
+        # torchvision's rounding of the longer side: down
+        size = [max(1, int(side * ratio + 1e-6)) for side in (height, width)]
+        return {"map": target, "whole": v2.functional.resize(image, size, antialias=True)}
 
 
 def shape_map(shapes, index):
@@ -339,9 +352,12 @@ class AdeScenes(Dataset):
         return len(self.files)
 
     def __getitem__(self, i):
-        image, labels = Image.open(self.files[i]), Image.open(self.maps[i])
-        size, top, wrong = data.upright_size(image), len(self.classes), None
-        if labels.size != size:
+        image, labels = (
+            Image.open(path, formats=data.IMAGE_FORMATS) for path in (self.files[i], self.maps[i])
+        )
+        top, wrong = len(self.classes), None
+        if not dense.lies_as(image, labels.size):
+            size = data.upright_size(image)
             wrong = f"has {labels.size} pixels (width, height), its image {size}"
         elif labels.mode not in ("L", "P"):  # a palette's numbers are labels, too
             wrong = f"has mode {labels.mode}, not 8 bits of grey"

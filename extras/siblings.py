@@ -503,7 +503,9 @@ def r_mae_terms(run, images, mask_noise, progress, args):
     """Both views paint the same, and the second, which sees the place, paints the image.
 
     PAPER: R-MAE, eq. 8, lambda = --pixel-weight. PAPER SILENT: does a gradient stop? No. DIFFERS:
-    its patches are normalised; here as in `mse`: --norm-pix-loss.
+    its patches are normalised; here as in `mse`: --norm-pix-loss. With a dagger the number of
+    patches that count varies, and each batch is divided by its own: --accum and more processes
+    then give a gradient that differs a little from one large batch's.
     """
     with run.autocast():
         first, second, counted = run.network(images, args.mask_ratio, mask_noise)
