@@ -926,8 +926,10 @@ def resume(run, path, layout, args):
     with refusals():
         checkpoint = model.load_file(path, kind)
     if not made_by(run.script, checkpoint, "progress"):
-        found = ", ".join(map(str, checkpoint)) or "nothing"
-        fail(f"{path} is not {kind} (it holds {found:.60})")
+        found = f"holds {', '.join(map(str, checkpoint)) or 'nothing':.60}"
+        if "script" in checkpoint:
+            found = f"is one of {checkpoint['script']}"
+        fail(f"{path} is not {kind} (it {found}); name another --out, or --resume off")
     then, now = checkpoint["arguments"], vars(args)
     if differ := changes(then, now, run.must_fit):
         fail(f"{path} was trained with {differ}; give the same, or another --out, or --resume off")
