@@ -1268,15 +1268,15 @@ def read_weights(path, kind="a file of ViT-MAE weights"):
 def named_as_ours(content, path, kind):
     """What `load_file` returned -> ({our name: tensor}, [names left out]); see `from_others`.
 
-    Where a script of ours trained more than an autoencoder, the encoder alone.
+    Where a script other than train.py trained more than an autoencoder, the encoder alone.
     """
-    ours = "script" in content
+    other_script = content.get("script", "train.py") != "train.py"
     for name in ("mae", "model", "state_dict"):
         content = content[name] if isinstance(content.get(name), dict) else content
     weights = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
     if not weights:
         raise ValueError(f"{path} is not {kind} (it holds no tensors)")
-    if ours and not all(k.startswith((*ENCODER, *DECODER)) for k in weights):
+    if other_script and not all(k.startswith((*ENCODER, *DECODER)) for k in weights):
         encoder = {k: v for k, v in weights.items() if k.startswith(ENCODER)}
         return encoder, sorted({k.split(".")[0] for k in weights.keys() - encoder.keys()})
     return from_others(weights)
