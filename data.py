@@ -32,7 +32,8 @@ from torchvision.transforms import v2
 
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet: pads what is smaller than its frame
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
-# What such a file may hold, whatever its name: pillow would start other programs for some formats.
+# What such a file may hold, whatever its name: pillow starts another program for PostScript. JPEG
+# includes MPO, the files of some cameras.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 EXIF_ORIENTATION = 0x0112  # tag: 1 = upright, 5 to 8 = lying on its side
 CURVE_COLOURS = (  # of the lines of one chart

@@ -100,9 +100,9 @@ class FeaturePyramid(nn.Module):
 def lies_as(image, size):
     """Do annotations made for `size` (width, height) fit an opened PIL image?
 
-    PAPER SILENT: EXIF. Where the image as it is stored has that size, so do the annotations mean
-    it: a note in the file that it be turned is then dropped here. Else it must have that size
-    once turned.
+    A file may ask, by EXIF, to be turned. Where the image as stored has that size, the annotations
+    are taken to mean it as stored, and the request is dropped here. Else the image must have that
+    size once turned.
     """
     if image.format != "TIFF" and image.size == size:  # pillow turns TIFFs by itself
         image.getexif().pop(data.EXIF_ORIENTATION, None)

@@ -628,7 +628,8 @@ class CocoScenes(Dataset):
     def _check(self, row, place):
         """ValueError if an annotation does not fit the lists of images and categories."""
         wrong, outline = None, row["segmentation"]
-        if row["image_id"] not in place:
+        size = self.sizes[place[row["image_id"]]] if row["image_id"] in place else None
+        if size is None:
             wrong = f"is of image {row['image_id']}, which is not listed"
         elif row["category_id"] not in self.category_ids:
             wrong = f"is of category {row['category_id']}, which is not listed"
@@ -637,10 +638,10 @@ class CocoScenes(Dataset):
         elif not all(map(math.isfinite, row["bbox"])) or min(row["bbox"][2:]) < 0:
             wrong = f"has a box of width and height {row['bbox'][2:]}"
         elif isinstance(outline, dict):
-            if outline["size"] != (size := self.sizes[place[row["image_id"]]]):
+            if outline["size"] != size:
                 wrong = f"has a mask of {outline['size']}, its image {size} (height, width)"
         else:
-            reach = self.FAR * max(self.sizes[place[row["image_id"]]])
+            reach = self.FAR * max(size)
             if not all(-reach <= min(part) <= max(part) <= reach for part in outline if part):
                 wrong = f"has corners more than {self.FAR} sides away from its image"
         if wrong:

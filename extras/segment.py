@@ -181,20 +181,18 @@ def slide(network, image, side, batch_size):
     fill = image.new_tensor(data.MEAN_COLOUR).view(3, 1, 1) / 255
     canvas = fill.repeat(1, max(side, height), max(side, width))
     canvas[:, :height, :width] = image
-    starts, step, total = [], 2 * side // 3, 0
+    starts, step = [], 2 * side // 3
     for length in canvas.shape[1:]:
         count = 1 + math.ceil((length - side) / step)
         starts.append([min(i * step, length - side) for i in range(count)])
     places = [(slice(y, y + side), slice(x, x + side)) for y in starts[0] for x in starts[1]]
-    count = torch.zeros_like(canvas[:1])
-    for first in range(0, len(places), batch_size):
-        some = places[first : first + batch_size]
-        windows = network(torch.stack([canvas[:, rows, columns] for rows, columns in some]))
-        if first == 0:
-            total = windows.new_zeros(windows.shape[1], *canvas.shape[1:])
-        for (rows, columns), logits in zip(some, windows, strict=True):
-            total[:, rows, columns] += logits
-            count[:, rows, columns] += 1
+    windows = torch.stack([canvas[:, rows, columns] for rows, columns in places])
+    windows = torch.cat([network(part) for part in windows.split(batch_size)])
+    total = windows.new_zeros(windows.shape[1], *canvas.shape[1:])
+    count = torch.zeros_like(total[:1])
+    for (rows, columns), logits in zip(places, windows, strict=True):
+        total[:, rows, columns] += logits
+        count[:, rows, columns] += 1
     return (total / count)[:, :height, :width]
 
 
