@@ -1,6 +1,6 @@
 """What an encoder is worth: linear probe, fine-tuning, k-NN, logistic regression.
 
-    python finetune.py --demo                                   # 2 minutes, after train.py --demo
+    python finetune.py --demo                                   # 3.5 minutes, after train.py --demo
     python finetune.py --task linear --checkpoint runs/mse/checkpoint.pt
     torchrun --nproc_per_node=8 finetune.py --task finetune --checkpoint runs/mse/checkpoint.pt
     python finetune.py --eval --checkpoint runs/mse/finetune/best.pt

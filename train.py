@@ -1,6 +1,6 @@
 """Pre-train a (Perceptual) masked autoencoder.
 
-    python train.py --demo                                      # 3 minutes on two CPU cores
+    python train.py --demo                                      # 3 to 5 minutes on two CPU cores
     python train.py --loss mse --data path/to/imagenet          # one GPU
     torchrun --nproc_per_node=8 train.py --loss msg_gan_p       # one node, data/imagenet
 
@@ -1347,7 +1347,7 @@ def build_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--demo", action="store_true", help="small preset, 3 minutes on two CPU cores"
+        "--demo", action="store_true", help="small preset, 3 to 5 minutes on two CPU cores"
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile G and D")
     add_flags(
