@@ -550,6 +550,8 @@ class PretrainSet(Dataset):
     of brightness).
     """
 
+    prefetch = 4  # batches that each loader worker has ready
+
     def __init__(
         self,
         source,  # dataset of (PIL image, label)
@@ -787,7 +789,7 @@ def ignore_signals(worker):
 
 
 def build_loader(dataset, sampler, *, batch_size, workers):
-    """DataLoader of `PretrainSet` or `LabelledSet` samples; workers outlive epochs."""
+    """DataLoader of `PretrainSet` or `LabelledSet` samples; workers that train outlive epochs."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -795,8 +797,8 @@ def build_loader(dataset, sampler, *, batch_size, workers):
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None,
+        persistent_workers=workers > 0 and dataset.augment,
+        prefetch_factor=dataset.prefetch if workers else None,
         worker_init_fn=ignore_signals,
     )
 

@@ -21,10 +21,10 @@ from torch.nn import functional as F
 #              published weights, "dvae" (eq. 7) or "vgg"
 #   adversary  D of the least-squares pair (eq. 4 and 5): None, "conv", "msg" or "stylegan2"; the
 #              last two judge images at every scale
-#   weight     of the adversarial term, eq. 5, in eq. 6. DIFFERS: the paper's is 1 in every row;
-#              0.1 where D reaches G at every scale, and outweighed the pixels at 1: see
-#              "What the paper leaves open" in README. --adversarial-weight; the authors' code: 0.7
-#              on twice the L1.
+#   weight     of the adversarial term, eq. 5, in eq. 6: the default of --adversarial-weight.
+#              DIFFERS: the paper's is 1 in every row; 0.1 where D reaches G at every scale, and
+#              outweighed the pixels at 1: see "What the paper leaves open" in README. The authors'
+#              code: 0.7 on twice the L1.
 #   ada        adaptive augmentation of all that D sees (sec. 3.2)
 #   path       path-length regularisation of G (sec. 3.2)
 #   arch       the autoencoder that the paper pairs with the loss
@@ -93,7 +93,7 @@ def patch_errors(reconstruction, images, patch_size, norm_pix=False):
     """Mean squared error of each patch, (B, N), in ImageNet-normalised units, as published values.
 
     reconstruction, images: (B, 3, H, W) in [0, 1]. norm_pix: each target patch is normalised by its
-    own mean and deviation, and the reconstruction is what should match that.
+    own mean and deviation, and the network predicts the normalised patch.
     """
     mean, std = per_channel(IMAGENET_MEAN, images), per_channel(IMAGENET_STD, images)
     prediction = patchify((reconstruction.float() - mean) / std, patch_size)
@@ -121,8 +121,8 @@ def normalised_l1(reconstruction, images):
     """L1 of the full image, visible patches included. PAPER: first term of eq. 1, 6 and 7.
 
     PAPER SILENT: its unit, and whether its norm is a sum. Ours is the mean over pixels, so that
-    weights do not depend on the image size, in ImageNet-normalised units, those the MAE predicts
-    in (the authors' code: the same unit, but the term is added twice).
+    weights do not depend on the image size. The images are ImageNet-normalised first, as the MAE
+    predicts them. The authors add this term twice.
     """
     difference = reconstruction.float() - images.float()  # the mean colour cancels
     return (difference / per_channel(IMAGENET_STD, difference)).abs().mean()
@@ -300,8 +300,8 @@ def feature_slopes(features, images, probe):
     """How fast D's features move along a random direction with each pixel: ds/d image, no graph.
 
     PAPER: sec. 3.2, "... and discriminator feature maps". A random direction in feature space,
-    s = sum_j <phi^j, eps_j> / sqrt(J N_j). PAPER SILENT: the probe. The divisors give every map the
-    same part of its energy.
+    s = sum_j <phi^j, eps_j> / sqrt(J N_j). PAPER SILENT: the probe. Dividing by sqrt(J N_j) gives
+    every map the same weight in s, whatever its size.
 
     features: J maps (B, C_j, h_j, w_j) of D at `images`, N_j = C_j h_j w_j
     images:   [(B, 3, h, w)], leaves that require a gradient

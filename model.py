@@ -450,6 +450,7 @@ class MSGMAE(MAE):
         """What decoder block `number` takes. PAPER: "concatenated", "of length 2d"."""
         if number == 1:  # it takes the decoder's input as it is
             return x
+        # inputs[0] is block 1's, inputs[1] block 2's skip; the first fusing layer is block 2's.
         both = torch.cat([x, inputs[number - 1]], dim=2)  # (B, 1 + N, 2d)
         return self.decoder_fuse[number - 2](both)  # (B, 1 + N, d)
 
@@ -529,29 +530,11 @@ def discriminator_levels(image_size, scales, channels, max_channels):
     return [(side, min(channels * 2**i, max_channels)) for i, side in enumerate(sides)]
 
 
-class LinearMap(torch.autograd.Function):
-    """y = A(x), where A is linear in x and At is its transpose: LinearMap.apply(x, A, At).
-
-    A gradient goes back through a matrix by its transpose, and through the transpose by the
-    matrix. So A and At are each other's backward, to any order, and what they hold (a grid) gets
-    no gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, x, A, At):
-        ctx.A, ctx.At = A, At
-        return A(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return LinearMap.apply(grad, ctx.At, ctx.A), None, None
-
-
 class Mean2x2(nn.Module):
     """F.avg_pool2d(x, 2): (B, C, h, w) -> (B, C, h // 2, w // 2), odd last rows, columns left out.
 
     Its gradient is what it must be, nearest-neighbour upsampling, to any order; avg_pool2d's own
-    backward pass is slow on GPUs in channels_last.
+    backward pass is slow on GPUs in channels_last. To copy: needs `LinearMap`, of ADA's section.
     """
 
     def forward(self, x):
@@ -622,7 +605,7 @@ class MSGDiscriminator(nn.Module):
         """[(B, 3, h, w)] in [0, 1], finest first -> logits (B,), [(B, C_j, h_j, w_j)].
 
         PAPER SILENT: which of D's layers are phi. The map at the end of each block, before the
-        next image joins it: what D has seen, not what it is shown.
+        next smaller image is concatenated to it.
         """
         check_size(images[0], self.image_size)
         images = [2 * x - 1 for x in images]  # to [-1, 1]
@@ -826,7 +809,25 @@ def build_discriminator(kind, image_size, scales, channels, max_channels):
 
 
 # ---- Adaptive discriminator augmentation (sec. 3.2; Karras et al. 2020) --------------------------
-# Self-contained: to copy it, take this section, LinearMap, `functools`, `math`, torch, nn and F.
+# Self-contained: to copy it, take this section, `functools`, `math`, torch and F.
+
+
+class LinearMap(torch.autograd.Function):
+    """y = A(x), where A is linear in x and At is its transpose: LinearMap.apply(x, A, At).
+
+    A gradient goes back through a matrix by its transpose, and through the transpose by the
+    matrix. So A and At are each other's backward, to any order, and what they hold (a grid) gets
+    no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, A, At):
+        ctx.A, ctx.At = A, At
+        return A(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return LinearMap.apply(grad, ctx.At, ctx.A), None, None
 
 
 def ada_noise(seeds):

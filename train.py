@@ -85,9 +85,8 @@ def backward(run, images, mask_noise, seeds, *, eq3_on, share, args):
     # by hand, below.
     fakes = [x.detach().requires_grad_() for x in outputs]
     if run.disc is not None:
-        seen_real, seen_fake = reals, fakes
-        if run.ada is not None:  # PAPER: sec. 3.2, "is also applied to all samples"
-            seen_real, seen_fake = augment(run, seeds, args, reals, fakes)
+        # PAPER: sec. 3.2, ADA "is also applied to all samples", of rows that have it.
+        seen_real, seen_fake = augment(run, seeds, args, reals, fakes)
         with run.autocast():
             logits_real, phi_real = run.disc(seen_real)  # (B,), [(B, C_j, h_j, w_j)]
             logits_fake, phi_fake = run.disc(seen_fake)
@@ -122,8 +121,8 @@ def backward(run, images, mask_noise, seeds, *, eq3_on, share, args):
 
     # D's gradient: from eq. 4 to its parameters, and no further.
     # PAPER SILENT: the order of the two players' updates; phi's weights. Both gradients are taken
-    # at the same weights, so that one forward pass of D serves eq. 3, 4 and 5, and both sides of
-    # eq. 3 come from the same, the current D (the authors' code: from a copy, renewed at times).
+    # at the same weights, so that one forward pass of D serves eq. 3, 4 and 5: eq. 3 compares two
+    # sets of features of the current D. (The authors take a copy, refreshed every five epochs.)
     if run.disc is not None:
         terms["discriminator"] = losses.lsgan_d_loss(logits_real, logits_fake)
         loss_d = run.scaler_d.scale(terms["discriminator"] * share)
@@ -153,13 +152,15 @@ def regularise(run, images, mask_noise, seeds, share, progress, args):
 
     Each runs in every n-th step only, with n times its weight (lazy regularisation, StyleGAN2): the
     same on average, at a fraction of the cost. The scalars contain the n, so that their mean over
-    an epoch is the term's true weight.
+    an epoch is the weighted term's.
 
     They use the bare networks (compiled graphs cannot be differentiated twice, and DDP expects one
     backward pass), and run before `backward`, whose exchange between processes then averages both
-    gradients together. A run in bf16 computes them in bf16: that changes R1's gradient by 2 to 4 %
-    and the path lengths' by 4 to 9 %, another batch of 32 by 30 to 40 and 90 to 160 %. In fp16 the
-    small numbers of second derivatives vanish, so that a run in fp16 computes them in float32.
+    gradients together.
+
+    A run in bf16 computes them in bf16. That changes R1's gradient by 2 to 4 %; drawing another
+    batch of 32 changes it by 30 to 40 %. For path lengths: 4 to 9 %, and 90 to 160 %. A run in fp16
+    computes them in float32, since the small numbers of second derivatives vanish in fp16.
     """
     path, step, terms = LOSSES[args.loss]["path"], progress["step"], {}
     with run.autocast() if run.dtype == torch.bfloat16 else nullcontext():
@@ -184,8 +185,8 @@ def regularise_path(run, images, mask_noise, seeds, share, progress, args):
     images, mask_noise, seeds = (x[: (len(x) + 1) // 2] for x in (images, mask_noise, seeds))
     ids_keep, ids_restore, _ = model.random_masking(mask_noise, args.mask_ratio)
     inputs = mae.decoder_inputs(images, ids_keep, ids_restore)  # [(B, 1 + N, d), then the skips]
-    # The decoder is differentiated twice, which fused attention cannot be. The encoder is not: the
-    # penalty reaches it by one ordinary backward pass.
+    # From `inputs` on, everything is differentiated twice. Fused attention has no second
+    # derivative, so the plain kernel is used here. The encoder lies before: once is enough.
     with sdpa_kernel(SDPBackend.MATH):
         outputs = mae.decode(inputs)  # [(B, 3, h, w)]
 
@@ -199,8 +200,8 @@ def regularise_path(run, images, mask_noise, seeds, share, progress, args):
     slopes = losses.feature_slopes(features, fakes, [torch.stack(p) for p in probes])
     lengths = losses.path_lengths(outputs, inputs[0], slopes)  # (B,)
 
-    # Running mean: 1 % per use, starting at the first value; moved before the penalty uses it, as
-    # in StyleGAN2. It stays on the device: reading it here would make the step wait for the GPU.
+    # Running mean: it moves by 1 % a batch, starting at the first value, and before the penalty
+    # uses it, as in StyleGAN2. It stays on the device: reading it would make the step wait for it.
     now, before = mean_over_processes(lengths.detach().mean()), progress["path_mean"].to(lengths)
     moved = torch.where(before > 0, before.lerp(now, 0.01), now)
     # A length that is not finite is left out, or it would stay in the running mean for ever.
@@ -240,6 +241,7 @@ def regularise_r1(run, images, seeds, share, args):
 
 def step_gradients(run, batches, eq3_on, progress, args):
     """Accumulate the mean gradient of a step's batches -> {name: mean of the term over them}."""
+    # A batch's last item, the images that could not be read, is for `agree`.
     totals, share = {}, 1 / len(batches)
     for number, (images, mask_noise, seeds, *_) in enumerate(batches, start=1):
         images = data.to_float(images.to(run.device, non_blocking=True))  # (B, 3, H, W) in [0, 1]
@@ -618,8 +620,9 @@ def build_run(args, device):
 
     -> namespace of device, dtype (None = float32), autocast (a function -> its context), mae,
     opt_g, scaler_g, disc, opt_d, scaler_d, ada, loss_network (the frozen phi of dvae_p and vgg_p);
-    None where a row has none. parts: those of them that a checkpoint holds, by name. script,
-    must_fit: checked on resuming; who wrote the file, and the arguments that must be equal.
+    None where a row has none. parts: those of them that a checkpoint holds, by name.
+    script: who wrote a checkpoint; must_fit: arguments that must be equal. Both are checked on
+    resuming.
     """
     recipe, dtype = LOSSES[args.loss], choose_precision(args.amp, device)
     run = SimpleNamespace(device=device, dtype=dtype, script="train.py", must_fit=MUST_FIT)

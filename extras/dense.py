@@ -206,12 +206,13 @@ class ShapeScenes(Dataset):
     """`data.Shapes` with targets: `scenes[i]` is (PIL image, target), as the readers of files give.
 
     target: function of (shapes, i). classes: their names. image_ids, category_ids: see `CocoScenes`
-    of extras/detect.py.
+    of extras/coco.py.
     """
 
     def __init__(self, shapes, target, classes):
         self.shapes, self.target, self.classes = shapes, target, list(classes)
         self.image_ids, self.category_ids = range(len(shapes)), range(1, len(classes) + 1)
+        self.note = ""  # a line to print, if there is something to say
 
     def __len__(self):
         return len(self.shapes)
@@ -248,6 +249,8 @@ class DenseSet(data.PretrainSet):
     A task's own set says how a view's target is made (`random_sample`), and what a target with
     nothing in it is (`companion`).
     """
+
+    prefetch = 2  # masks take a megabyte each
 
     def __init__(
         self,
@@ -292,6 +295,9 @@ def build_data(args, make_set, open_source):
     parts = ("val",) if args.eval else ("train", "val")
     with train.refusals():
         sources = open_scenes(open_source, args.data, args.image_size, parts)
+        for source in sources:
+            if source.note:
+                train.say(source.note)
         classes = list(sources[-1].classes)
         if args.eval:
             data.check_classes(args.classes, classes, (args.checkpoint, args.data))
@@ -352,7 +358,7 @@ def save_scenes(name, titles, rows, args):
 MUST_FIT = (*finetune.MUST_FIT, "width")  # for a checkpoint to continue
 
 
-def build_run(Network, args, weights, device, **task):
+def build_run(Network, args, weights, device, must_fit=MUST_FIT, **task):
     """`finetune.build_run` of a dense network, whose class is Network.
 
     args: as `finetune.open_checkpoint` and `build_data` leave them. weights: the former's. task:
@@ -367,7 +373,7 @@ def build_run(Network, args, weights, device, **task):
         if weights is not None:
             finetune.load_weights(network, weights, args)
     groups = finetune.layer_groups(network, args.weight_decay, args.layer_decay)
-    return finetune.build_run(network.to(device), groups, args, device, must_fit=MUST_FIT, **task)
+    return finetune.build_run(network.to(device), groups, args, device, must_fit=must_fit, **task)
 
 
 def train_or_measure(run, train_set, val_set, args):

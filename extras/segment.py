@@ -4,9 +4,9 @@
     torchrun --nproc_per_node=8 -m extras.segment --checkpoint runs/mse/checkpoint.pt --data ...
     python -m extras.segment --eval --checkpoint runs/mse/segment/best.pt --data path/to/ade20k
 
---checkpoint as in finetune.py; --data: ADE20K's own layout, or shapes. In order: what a step
-minimises; the network; measuring; samples; ADE20K's files; pictures; the command line. What
-detection has, too, is in dense.py.
+--checkpoint as in finetune.py; --data: ADE20K's own layout (see `MapScenes`; own maps whose 0 is a
+class want --unknown 255), or shapes. In order: what a step minimises; the network; measuring;
+samples; files of class maps; pictures; the command line. What detection has, too, is in dense.py.
 
 Writes to OUT as finetune.py does: best.pt is that of the highest mIoU; log.jsonl has, in per cent,
 miou over the classes in truth or prediction, miou_all over all, and pixel_accuracy. Each
@@ -15,6 +15,7 @@ measurement, --eval's too, writes pictures/segmentation.png.
 
 import math
 import os
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +39,7 @@ CURVES = {  # panels of curves.png, see data.CURVES
 }
 IGNORED = 255  # label of pixels that count nowhere
 LAYER_DECAY = 0.65
+MUST_FIT = (*dense.MUST_FIT, "unknown")  # for a checkpoint to continue
 
 # ---- One step: what is minimised -----------------------------------------------------------------
 
@@ -141,7 +143,7 @@ class Segmenter(dense.FeaturePyramid):
 def build_run(args, weights, device):
     """What trains a segmenter; see `dense.build_run`."""
     task = dict(part="segmenter", terms=segmentation_terms, evaluate=evaluate_segmenter)
-    task |= dict(score="miou", script=SCRIPT, curves=CURVES)
+    task |= dict(score="miou", script=SCRIPT, curves=CURVES, must_fit=MUST_FIT)
     return dense.build_run(Segmenter, args, weights, device, **task)
 
 
@@ -232,9 +234,9 @@ def confusion_matrix(prediction, target, classes):
 def segmentation_scores(matrix):
     """`confusion_matrix` of a whole set -> {"miou", "miou_all", "pixel_accuracy"} in [0, 1].
 
-    IoU of a class: pixels rightly given to it, of those that are or were given to it. miou: mean
-    over classes in truth or prediction (MMSegmentation's); miou_all: over all, absent ones count
-    as 0 (the SceneParsing benchmark's).
+    IoU of a class: correct pixels / (pixels predicted as it + pixels of it - correct pixels).
+    miou: mean over classes in truth or prediction (MMSegmentation's). miou_all: over all classes,
+    where absent ones count as 0 (the SceneParsing benchmark's).
     """
     matrix = matrix.double()
     right = matrix.diagonal()
@@ -296,12 +298,12 @@ def shape_map(shapes, index):
     return kinds[dense.owners(scene, shapes.size)]  # -1, the background: the last
 
 
-def open_source(path, part, image_size):
-    """Scenes of one part, "train" or "val", of --data; see `dense.open_scenes`."""
+def open_source(path, part, image_size, unknown=0):
+    """Scenes of one part, "train" or "val", of --data; see `dense.open_scenes`, `read_map`."""
     if path in data.DRAWN:
         shapes, classes = data.DRAWN[path](part, image_size), ["background", *data.SHAPE_CLASSES]
         return dense.ShapeScenes(shapes, shape_map, classes)
-    return AdeScenes(path, {"train": "training", "val": "validation"}[part])
+    return MapScenes(path, {"train": "training", "val": "validation"}[part], unknown)
 
 
 def random_batch(args):
@@ -312,27 +314,67 @@ def random_batch(args):
     return images, torch.randint(0, classes, (B, S, S), generator=generator)
 
 
-# ---- ADE20K's files ------------------------------------------------------------------------------
+# ---- Files of class maps -------------------------------------------------------------------------
 
 
-class AdeScenes(Dataset):
+def read_map(path, unknown):
+    """A file of labels -> classes (H, W) uint8, counted from 0; IGNORED where nothing is known.
+
+    unknown: the label that says so, 0 (then label 1 is class 0) or 255 (label 0 is class 0).
+    ValueError if it is no picture of labels.
+    """
+    image = Image.open(path, formats=data.IMAGE_FORMATS)
+    if image.mode not in ("1", "L", "P"):  # a palette's numbers are labels, too
+        raise ValueError(f"{path} has mode {image.mode}, not 8 bits of grey; replace it")
+    labels = np.array(image).astype(np.uint8)
+    return labels - np.uint8(1) if unknown == 0 else labels  # 0 wraps around to IGNORED
+
+
+def read_maps(paths, unknown):
+    """(path, its classes) of each file that can be read; a torn one is told when its turn comes."""
+    for path in paths:
+        with suppress(OSError, SyntaxError, IndexError):
+            yield path, read_map(path, unknown)
+
+
+def class_names(folder, maps, unknown):
+    """Names of the classes -> (names, where they are from).
+
+    From the folder's objectInfo.txt or objectInfo150.txt: number, tab, maybe statistics, tab,
+    names; maybe a title above. Else numbers, as many as the highest label in maps, a folder.
+    """
+    for path in (folder / "objectInfo150.txt", folder / "objectInfo.txt"):
+        if path.is_file():
+            rows = [row.strip().split("\t") for row in path.read_text().splitlines()]
+            return [row[-1].strip() for row in rows if row[0].strip().isdigit()], path
+    first, highest = 1 if unknown == 0 else 0, -1
+    for path, classes in read_maps(sorted(maps.glob("*.png")), unknown):
+        known = classes[classes != IGNORED]
+        highest = max(highest, int(known.max())) if known.size else highest
+        if highest + first == 255:
+            raise ValueError(f"{path} has label 255: if it means unknown, give --unknown 255")
+    return [f"class {n + first}" for n in range(highest + 1)], maps
+
+
+class MapScenes(Dataset):
     """ADE20K's scene-parsing layout: `scenes[i]` is (PIL image, class map (H, W) uint8).
 
     folder/images/{split}/NAME.jpg and folder/annotations/{split}/NAME.png, split "training" or
-    "validation". The files' 0, nothing known, becomes IGNORED, their 1 class 0. classes: names from
-    folder/objectInfo150.txt or objectInfo.txt, or else 150 numbers.
+    "validation". unknown: see `read_map`; ADE20K's is 0, Pascal VOC's and most others' 255.
+    classes: their names, see `class_names`. note: a line on what was found.
 
     ValueError, one line, for another layout or an image without its map; reading raises it for a
     map of another size than its image, or with labels beyond the classes.
     """
 
-    def __init__(self, folder, split):
-        folder = Path(folder)
+    def __init__(self, folder, split, unknown=0):
+        folder, self.unknown = Path(folder), unknown
         images, maps = folder / "images" / split, folder / "annotations" / split
         for part in (images, maps):
             if not part.is_dir():
                 coco = any((folder / "annotations").glob("instances_*.json"))
-                hint = "this is COCO's layout, of detection" if coco else "give ADE20K's own layout"
+                hint = "give images/ and annotations/, with training/ and validation/ in both"
+                hint = "this is COCO's layout, of detection" if coco else hint
                 raise ValueError(f"{part} is missing: {hint}")
         self.files = data.list_images(images)[0]
         self.maps = [str(maps / f"{Path(file).stem}.png") for file in self.files]
@@ -340,32 +382,34 @@ class AdeScenes(Dataset):
         if absent or not self.files:
             what = f"{len(absent)} maps are missing, such as {absent[0]}" if absent else "no images"
             raise ValueError(f"{images}: {what}; get the missing files")
-        self.classes = [f"class {number}" for number in range(1, 151)]
-        for path in (folder / "objectInfo.txt", folder / "objectInfo150.txt"):
-            if path.is_file():  # number, tab, maybe statistics, tab, names; maybe a title above
-                rows = [row.strip().split("\t") for row in path.read_text().splitlines()]
-                self.classes = [row[-1].strip() for row in rows if row[0].strip().isdigit()]
+        training = folder / "annotations" / "training"
+        training = training if training.is_dir() else maps
+        self.classes, source = class_names(folder, training, unknown)
+        self.note = f"{images}: {len(self.files)} images, {len(self.classes)} classes from {source}"
+        if len(self.classes) < 2:
+            hint = "" if unknown else " (is 0 a class, and 255 unknown? Then give --unknown 255)"
+            raise ValueError(f"{self.note}: nothing to tell apart{hint}")
+        some = read_maps(self.maps[:: max(1, len(self.maps) // 50)], unknown)
+        shares = [(classes == IGNORED).mean() for _, classes in some]
+        if (share := sum(shares) / max(1, len(shares))) > 0.5:
+            self.note += f"; warning: {share:.0%} of the pixels are unknown, label {unknown}"
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, i):
-        image, labels = (
-            Image.open(path, formats=data.IMAGE_FORMATS) for path in (self.files[i], self.maps[i])
-        )
-        top, wrong = len(self.classes), None
-        if not dense.lies_as(image, labels.size):
-            size = data.upright_size(image)
-            wrong = f"has {labels.size} pixels (width, height), its image {size}"
-        elif labels.mode not in ("L", "P"):  # a palette's numbers are labels, too
-            wrong = f"has mode {labels.mode}, not 8 bits of grey"
-        elif (values := np.array(labels)).max() > top:
-            wrong = (
-                f"has label {values.max()}, beyond the {top} classes (objectInfo.txt lists them)"
-            )
+        image = Image.open(self.files[i], formats=data.IMAGE_FORMATS)
+        classes = read_map(self.maps[i], self.unknown)
+        size, top, wrong = classes.shape[::-1], len(self.classes), None
+        known = classes[classes != IGNORED]
+        if not dense.lies_as(image, size):
+            wrong = f"has {size} pixels (width, height), its image {data.upright_size(image)}"
+        elif known.max(initial=0) >= top:
+            label = int(known.max()) + (self.unknown == 0)
+            wrong = f"has label {label}, beyond the {top} classes (objectInfo.txt lists them)"
         if wrong:
             raise ValueError(f"{self.maps[i]} {wrong}; replace it")
-        return image, torch.from_numpy(values - np.uint8(1))  # 0 wraps around to IGNORED
+        return image, torch.from_numpy(classes)
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -419,15 +463,21 @@ def parse_args(argv=None):
     parser = dense.build_parser("segment", layer_decay=LAYER_DECAY, **own)
     windows = "measure in windows, at training's scale, or all at once"
     train.add_flags(parser, "measuring", ("--slide", bool, True, windows))
-    return dense.settle(parser.parse_args(argv), LAYER_DECAY)
+    label = "label of unknown pixels in files of maps: 0 (ADE20K) or 255 (then 0 is a class)"
+    train.add_flags(parser, "maps", ("--unknown", int, 0, label))
+    args = dense.settle(parser.parse_args(argv), LAYER_DECAY)
+    if args.unknown not in (0, 255):
+        train.fail(f"--unknown {args.unknown} must be 0 or 255")
+    return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     device = train.start_processes()
-    weights, args = finetune.open_checkpoint(args, "segmenter", SCRIPT, keep=("width",))
+    weights, args = finetune.open_checkpoint(args, "segmenter", SCRIPT, keep=("width", "unknown"))
     make_set = partial(SegmentationSet, slide=args.slide)
-    train_set, val_set, args = dense.build_data(args, make_set, open_source)
+    source = partial(open_source, unknown=args.unknown)
+    train_set, val_set, args = dense.build_data(args, make_set, source)
     run = build_run(args, weights, device)
     stopped = dense.train_or_measure(run, train_set, val_set, args)
     train.stop_processes()

@@ -385,10 +385,10 @@ def info_nce(queries, targets, first=0, temperature=0.2):
     """-log softmax(s / temperature) of the right image, mean over images and places. PAPER: C-MAE's
     eq. 9, with s, the cosine, of eq. 10.
 
-    queries: (B, n, C); targets: (M, n, C), of which first + b is query b's. PAPER SILENT: the
-    negatives. A query is compared with the targets at its own place in all M images; among places
-    of one image, position embeddings alone would tell the targets apart. With all similarities
-    equal, the loss is log M.
+    queries: (B, n, C); targets: (M, n, C), where targets[first + b] belongs to queries[b].
+    PAPER SILENT: the negatives. A query is compared with the targets at its own place in all M
+    images; among places of one image, position embeddings alone would tell the targets apart. With
+    all similarities equal, the loss is log M.
     """
     with torch.autocast(queries.device.type, enabled=False):
         q, t = (F.normalize(x.float(), dim=2) for x in (queries, targets.detach()))

@@ -27,7 +27,18 @@ import finetune
 import losses
 import model
 import train
-from extras import benchmark, cka, compare, dense, detect, export, reconstruct, segment, siblings
+from extras import (
+    benchmark,
+    cka,
+    coco,
+    compare,
+    dense,
+    detect,
+    export,
+    reconstruct,
+    segment,
+    siblings,
+)
 from test_smoke import (
     FAST,
     PROBE,
@@ -525,7 +536,7 @@ UNTRAINED += ["--width", "16", "--workers", "0"]
 
 
 def ap_of(truth, found, *, crowd=(), area=None, masks=False):
-    """`detect.coco_ap` of one image and class; truth: [box]; found: [(score, box)], xyxy."""
+    """Average precision of one image and class; truth: [box]; found: [(score, box)], xyxy."""
 
     def pack(boxes):
         boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
@@ -538,7 +549,7 @@ def ap_of(truth, found, *, crowd=(), area=None, masks=False):
     objects["crowd"][list(crowd)] = True
     objects["area"] = objects["masks"].sum((1, 2)).float() if area is None else torch.tensor(area)
     detections = pack([box for _, box in found]) | {"scores": torch.tensor([s for s, _ in found])}
-    return detect.coco_ap([detect.match_detections(detections, objects, masks=masks)])
+    return coco.average_precision([coco.match_detections(detections, objects, masks=masks)])
 
 
 ONE, TWO = [0, 0, 10, 10], [20, 0, 30, 10]  # two objects
@@ -588,11 +599,13 @@ def test_average_precision_pools_images_by_score_and_averages_classes():
     }
     truth["crowd"] = torch.tensor([False])
     wrong = one | {"boxes": torch.tensor([FAR]), "scores": torch.tensor([0.9])}
-    pair = [detect.match_detections(one, truth), detect.match_detections(wrong, truth)]
-    close(detect.coco_ap(pair)["ap"], 51 / 101 / 2, 1e-12)  # the better score is the wrong one
+    pair = [coco.match_detections(one, truth), coco.match_detections(wrong, truth)]
+    close(
+        coco.average_precision(pair)["ap"], 51 / 101 / 2, 1e-12
+    )  # the better score is the wrong one
     other = {k: v + 1 if k == "labels" else v for k, v in truth.items()}
-    missed = detect.match_detections(wrong, other)  # class 2 was never found
-    close(detect.coco_ap([pair[0], missed])["ap"], (1 / 2 + 0) / 2, 1e-12)
+    missed = coco.match_detections(wrong, other)  # class 2 was never found
+    close(coco.average_precision([pair[0], missed])["ap"], (1 / 2 + 0) / 2, 1e-12)
 
 
 def test_segmentation_scores_have_their_hand_values():
@@ -636,33 +649,33 @@ def slow_polygon(polygon, height, width):
 
 
 def test_polygons_cover_the_pixels_that_coco_gives_them():
-    box = detect.polygons_to_mask([[2, 2, 6, 2, 6, 5, 2, 5]], 8, 9)
+    box = coco.polygons_to_mask([[2, 2, 6, 2, 6, 5, 2, 5]], 8, 9)
     expected = np.zeros((8, 9), bool)
     expected[2:5, 2:6] = True  # 12 pixels, where PIL fills 20
     assert (box == expected).all()
-    assert detect.polygons_to_mask([[2.5, 2.5, 6.5, 2.5, 6.5, 5.5, 2.5, 5.5]], 8, 9).sum() == 12
-    both = detect.polygons_to_mask([[0, 0, 3, 0, 3, 3, 0, 3], [2, 2, 6, 2, 6, 5, 2, 5]], 8, 9)
+    assert coco.polygons_to_mask([[2.5, 2.5, 6.5, 2.5, 6.5, 5.5, 2.5, 5.5]], 8, 9).sum() == 12
+    both = coco.polygons_to_mask([[0, 0, 3, 0, 3, 3, 0, 3], [2, 2, 6, 2, 6, 5, 2, 5]], 8, 9)
     assert both.sum() == 9 + 12 - 1  # parts unite where they meet
     rng = np.random.default_rng(0)
     for _ in range(40):  # partly outside of the image
         polygon = rng.uniform(-4, 16, 2 * rng.integers(3, 8)).round(2).tolist()
-        assert (detect.polygons_to_mask([polygon], 11, 13) == slow_polygon(polygon, 11, 13)).all()
+        assert (coco.polygons_to_mask([polygon], 11, 13) == slow_polygon(polygon, 11, 13)).all()
 
 
 def test_run_lengths_are_compressed_as_coco_does_and_come_back():
     mask = np.array([[0, 1, 1], [0, 1, 0]], bool)  # by columns: 0 0, 1 1, 1 0
-    assert detect.mask_to_rle(mask) == {"size": [2, 3], "counts": "231"}
+    assert coco.mask_to_rle(mask) == {"size": [2, 3], "counts": "231"}
     # Runs 0, 4, 2, 1: the fourth is 1 - 4 = -3, 29 in five bits; 29 + 48 is M.
-    assert detect.mask_to_rle(np.array([[1, 1, 1, 1, 0, 0, 1]], bool))["counts"] == "042M"
-    assert detect.mask_to_rle(np.zeros((40, 1), bool))["counts"] == "X1"  # 40 = 8 + 32 * 1
+    assert coco.mask_to_rle(np.array([[1, 1, 1, 1, 0, 0, 1]], bool))["counts"] == "042M"
+    assert coco.mask_to_rle(np.zeros((40, 1), bool))["counts"] == "X1"  # 40 = 8 + 32 * 1
     rng = np.random.default_rng(0)
     for share in (0, 0.003, 0.1, 0.5, 1):
         mask = rng.random((31, 47)) < share
-        packed = detect.mask_to_rle(mask)
-        assert (detect.rle_to_mask(packed["counts"], 31, 47) == mask).all()
+        packed = coco.mask_to_rle(mask)
+        assert (coco.rle_to_mask(packed["counts"], 31, 47) == mask).all()
         runs = [0] * int(mask[0, 0]) + [len(list(g)) for _, g in itertools.groupby(mask.T.ravel())]
-        assert (detect.rle_to_mask(runs, 31, 47) == mask).all()
-        message = refusal(detect.rle_to_mask, packed["counts"], 31, 46)
+        assert (coco.rle_to_mask(runs, 31, 47) == mask).all()
+        message = refusal(coco.rle_to_mask, packed["counts"], 31, 46)
         assert "1457 pixels, not 31 x 46" in message
 
 
@@ -726,7 +739,7 @@ def scenes_refused(script, path):
 def test_coco_scenes_read_what_the_files_say():
     with scratch() as root:
         write_coco(root)
-        scenes = detect.CocoScenes(root, "train")
+        scenes = coco.CocoScenes(root, "train")
         image, target = scenes[1]
         empty = scenes[0][1]
     assert (scenes.image_ids, scenes.category_ids, scenes.classes) == (
@@ -750,11 +763,28 @@ def test_coco_scenes_refuse_what_does_not_fit_in_one_line():
         return content
 
     torn = json.dumps(coco_content())[:-30]
-    mask = {"size": [8, 11], "counts": [88]}
+    keyless = coco_content()
+    del keyless["annotations"][1]["category_id"]
+    mask, short = {"size": [8, 11], "counts": [88]}, {"size": [8, 12], "counts": [0, 8, 1]}
     for content, words in (
         (torn, "torn or not COCO's"),
         ("[]", "torn or not COCO's"),
         ('{"images": []}', "torn or not COCO's"),
+        ('{"images": [1], "categories": [], "annotations": []}', "torn or not COCO's"),
+        ('{"images": [], "categories": [], "annotations": []}', "lists no images for train"),
+        (keyless, "annotation 1 has no 'category_id'"),
+        (changed("annotations", bbox=None), "annotation 1 has a box of 1 numbers"),
+        (changed("annotations", bbox=[1, 2, 3, "x"]), "annotation 1 could not convert"),
+        (changed("annotations", image_id=[9]), "annotation 1 "),
+        (changed("annotations", area="large"), "annotation 1 could not convert"),
+        (changed("annotations", segmentation=[[1, 2, 3]]), "annotation 1 has a segmentation that"),
+        (changed("annotations", segmentation=[1, 2, 3, 4]), "annotation 1 has a segmentation that"),
+        (changed("annotations", segmentation={"size": [8, 12]}), "annotation 1 has no 'counts'"),
+        (changed("annotations", segmentation=short), "annotation 1 run lengths cover 9 pixels"),
+        (changed("images", height=7.5), "image 4 has height 7.5, which is no number of pixels"),
+        (changed("images", width=None), "image 4 has width None"),
+        (changed("images", file_name=5), "image 4 has no file_name, or none that can be read (5)"),
+        (changed("categories", id=90), "category 90 is listed twice"),
         (changed("annotations", image_id=5), "annotation 1 is of image 5, which is not listed"),
         (changed("annotations", category_id=8), "annotation 1 is of category 8"),
         (changed("annotations", bbox=[1, 2]), "annotation 1 has a box of 2 numbers"),
@@ -782,7 +812,124 @@ def test_coco_scenes_refuse_what_does_not_fit_in_one_line():
         Image.new("RGB", (12, 9)).save(root / "val2017" / "4.jpg")
         message = scenes_refused(detect, root)
         assert "4.jpg has (12, 9) pixels" in message
-        assert "is ADE20K's layout" not in refusal(detect.CocoScenes, root / "train2017", "val")
+        assert "is ADE20K's layout" not in refusal(coco.CocoScenes, root / "train2017", "val")
+
+
+def test_coco_files_of_other_tools_are_read():
+    """Keys that may be missing, boxes without outlines, float sizes; what is dropped is said."""
+    content = coco_content()
+    square, crowd = content["annotations"]
+    for row in content["images"]:
+        row |= {"width": 12.0, "height": 8.0}
+    del square["area"], square["iscrowd"], crowd["area"]
+    boxes = [
+        {"id": 2, "image_id": 9, "category_id": 7, "bbox": [2.6, 1, 4, 2.5], "segmentation": []},
+        {"id": 3, "image_id": 9, "category_id": 7, "bbox": [2, 1, 4, 3], "segmentation": None},
+        {"id": 4, "image_id": 9, "category_id": 7, "bbox": [2, 1, 4, 3], "area": 5},
+        {"id": 5, "image_id": 9, "category_id": 7, "bbox": [2, 1, 0, 3], "segmentation": [[]]},
+    ]
+    content["annotations"] += boxes
+    with scratch() as root:
+        write_coco(root, content)
+        scenes = coco.CocoScenes(root, "train")
+        target = scenes[1][1]
+        content["annotations"] = boxes[-1:]
+        write_coco(root, content)
+        nothing = coco.CocoScenes(root, "train").note
+    assert scenes.note.endswith(
+        ": 5 objects of 2 classes in 2 images, 3 of them boxes without an outline; 1 left out, "
+        "which have neither an outline nor an area"
+    )
+    assert nothing.endswith(
+        "in 2 images; warning: 1 left out, which have neither an outline nor an area"
+    )
+    assert target["outlined"].tolist() == [True, True, False, False, False]
+    assert target["crowd"].tolist() == [False, True, False, False, False]
+    # Of pixels, of a box, or as listed. The masks of boxes are the boxes.
+    close(target["area"], [12, 8, 10, 12, 5], 1e-12)
+    assert target["boxes"][2].tolist() == [2.6, 1, 6.6, 3.5]
+    expected = torch.zeros(3, 8, 12, dtype=torch.bool)
+    expected[0, 1:4, 3:7] = expected[1:, 1:4, 2:6] = True
+    assert torch.equal(target["masks"][2:], expected)
+
+
+def test_coco_files_beside_their_images_or_one_file_for_all_are_found():
+    with scratch() as root:
+        message = refusal(coco.CocoScenes, root, "val")
+        assert "annotations/instances_train2017.json" in message and "valid/" in message
+        for name, number in (("train", 9), ("valid", 4)):
+            content = coco_content()
+            content["images"] = [row for row in content["images"] if row["id"] == number]
+            content["annotations"] = []
+            (root / name).mkdir()
+            Image.new("RGB", (12, 8)).save(root / name / f"{number}.jpg")
+            (root / name / "_annotations.coco.json").write_text(json.dumps(content))
+        assert coco.CocoScenes(root, "train").image_ids == [9]
+        assert coco.CocoScenes(root, "val").image_ids == [4]
+    with scratch() as root:
+        content = coco_content()
+        (root / "images" / "sub").mkdir(parents=True)
+        image, _ = content["images"]
+        names = [f"sub/{number}.jpg" for number in range(21)]
+        content["images"] = [image | {"id": n, "file_name": f} for n, f in enumerate(names)]
+        for name in names:
+            Image.new("RGB", (12, 8)).save(root / "images" / name)
+        (root / "annotations.json").write_text(json.dumps(content))
+        train_scenes, val_scenes = (coco.CocoScenes(root, part) for part in ("train", "val"))
+        assert val_scenes.image_ids == [9, 19] and len(train_scenes) == 19
+        assert len(val_scenes.labels) == 2 and len(train_scenes.labels) == 0
+        assert train_scenes.note.endswith("every tenth image held out")
+
+
+def test_boxes_alone_teach_and_measure_boxes_and_no_masks():
+    torch.manual_seed(0)
+    network = tiny_detector()
+    square = {"boxes": torch.tensor([[4.0, 4, 20, 20]]), "labels": torch.tensor([1])}
+    square["masks"] = torch.zeros(1, 32, 32)
+    square["masks"][0, 4:20, 4:20] = 1
+    images = torch.rand(1, 3, 32, 32)
+
+    def step(*outlined):
+        torch.manual_seed(1)
+        network.zero_grad()
+        known = {"outlined": torch.tensor(outlined)} if outlined else {}
+        terms = network(images, [square | known])
+        sum(terms.values()).backward()
+        return terms, network.roi_heads.mask_predictor.mask_fcn_logits.weight.grad.abs().sum()
+
+    (alone, mask_grad), (outlined, other_grad), (plain, _) = step(False), step(True), step()
+    assert alone["loss_mask"] == 0 and mask_grad == 0 and other_grad > 0
+    assert outlined["loss_mask"] == plain["loss_mask"] > 0
+    close(alone["loss_box_reg"], outlined["loss_box_reg"], 0)
+
+    # Two objects, one of them a box alone: its own mask is neither right nor wrong.
+    masks = torch.zeros(2, 32, 32, dtype=torch.bool)
+    masks[0, :10, :10] = masks[1, 12:, 12:] = True
+    truth = {"labels": torch.tensor([1, 1]), "masks": masks, "boxes": detect.mask_boxes(masks)}
+    truth |= {"crowd": torch.tensor([False, False]), "area": masks.sum(dim=(1, 2)).double()}
+    found = truth | {"scores": torch.tensor([0.5, 0.9])}
+    found["masks"] = masks.clone()
+    found["masks"][1, 12:22] = False  # half of the box: would be wrong
+    for known, expected in ((None, 51 / 202), ([True, False], 1.0), ([False, False], -1.0)):
+        known = {} if known is None else {"outlined": torch.tensor(known)}
+        match = coco.match_detections(found, truth | known, masks=True)
+        close(coco.average_precision([match])["ap75"], expected, 1e-12)
+        match = coco.match_detections(found, truth | known)
+        close(coco.average_precision([match])["ap"], 1.0, 1e-12)
+
+
+def test_annotations_are_kept_in_few_large_arrays():
+    # A million Python objects would be copied into each loader worker as they are touched.
+    content = coco_content()
+    square = content["annotations"][0]
+    content["annotations"] = [square | {"id": n} for n in range(300)]
+    with scratch() as root:
+        write_coco(root, content)
+        scenes = coco.CocoScenes(root, "train")
+        assert len(scenes[1][1]["labels"]) == 300
+    values = [value for name, value in vars(scenes).items() if name != "files"]
+    assert max(len(value) for value in values if isinstance(value, (list, dict))) <= 2
+    assert scenes.numbers.size == 8 * 300
 
 
 def test_truth_keeps_the_digits_of_the_file():
@@ -791,11 +938,11 @@ def test_truth_keeps_the_digits_of_the_file():
     content["annotations"][0] |= {"area": 1024.00001, "bbox": [0.1, 0.2, 3.3, 4.1]}
     with scratch() as root:
         write_coco(root, content)
-        target = detect.CocoScenes(root, "train")[1][1]
+        target = coco.CocoScenes(root, "train")[1][1]
     assert target["area"][0].item() == 1024.00001
     assert target["boxes"][0].tolist() == [0.1, 0.2, 0.1 + 3.3, 0.2 + 4.1]
     nothing = dict(labels=np.zeros(0), scores=np.zeros(0), boxes=np.zeros((0, 4)))
-    counted = detect.match_detections(nothing, target)["counted"][0]
+    counted = coco.match_detections(nothing, target)["counted"][0]
     assert counted.tolist() == [True, False, True, False]  # in all, small, medium, large
 
 
@@ -817,7 +964,7 @@ def test_pictures_lie_as_their_annotations_say_whatever_exif_says():
             with scratch() as root:
                 write_coco(root, content)
                 stored(orientation, root / "val2017" / "9.jpg")
-                scenes = detect.CocoScenes(root, "val")
+                scenes = coco.CocoScenes(root, "val")
                 if turned and orientation < 5:
                     assert "9.jpg has (12, 8) pixels" in refusal(lambda s=scenes: s[1])
                     continue
@@ -830,7 +977,7 @@ def test_pictures_lie_as_their_annotations_say_whatever_exif_says():
     with scratch() as root:  # a class map is turned by no one
         write_ade(root)
         stored(3, root / "images" / "validation" / "1.jpg")
-        image, _ = segment.AdeScenes(root, "validation")[1]
+        image, _ = segment.MapScenes(root, "validation")[1]
         assert np.asarray(data.to_rgb(image))[0, 0, 0] > 127
 
 
@@ -854,7 +1001,7 @@ def test_files_are_pictures_of_the_formats_that_their_names_may_have():
 def test_ade_scenes_read_their_files_and_refuse_what_does_not_fit():
     with scratch() as root:
         write_ade(root)
-        scenes = segment.AdeScenes(root, "validation")
+        scenes = segment.MapScenes(root, "validation")
         image, target = scenes[2]
         assert scenes.classes == ["wall", "sky", "tree"] and image.size == (12, 8)
         assert target.shape == (8, 12) and target.dtype == torch.uint8
@@ -866,9 +1013,50 @@ def test_ade_scenes_read_their_files_and_refuse_what_does_not_fit():
             write_ade(root, **changes)
             assert words in scenes_refused(segment, root)
         (root / "annotations" / "training" / "1.png").unlink()
-        assert "1 maps are missing, such as" in refusal(segment.AdeScenes, root, "training")
+        assert "1 maps are missing, such as" in refusal(segment.MapScenes, root, "training")
+
+
+def test_maps_whose_zero_is_a_class_are_read_as_such():
+    def write(values, mode="L"):
+        write_ade(root)
         (root / "objectInfo.txt").unlink()
-        assert len(segment.AdeScenes(root, "validation").classes) == 150
+        for path in (root / "annotations").rglob("*.png"):
+            pixels = np.resize(np.array(values, np.uint8), (8, 12))
+            image = Image.fromarray(pixels)
+            (image.convert(mode, dither=0) if mode == "P" else image).save(path)
+            if mode == "1":
+                Image.fromarray(pixels > 0).save(path)
+
+    with scratch() as root:
+        write([0, 1, 2, 255])
+        scenes = segment.MapScenes(root, "training", unknown=255)
+        assert (
+            scenes.classes == ["class 0", "class 1", "class 2"] and "3 classes from" in scenes.note
+        )
+        assert scenes[0][1].flatten()[:4].tolist() == [0, 1, 2, 255]
+        message = refusal(segment.MapScenes, root, "training")
+        assert "has label 255: if it means unknown, give --unknown 255" in message
+        write([0, 1, 2, 0])  # as ADE20K: 1 is class 0
+        scenes = segment.MapScenes(root, "training")
+        assert scenes.classes == ["class 1", "class 2"] and "warning" not in scenes.note
+        assert scenes[0][1].flatten()[:4].tolist() == [255, 0, 1, 255]
+        write([0, 0, 0, 1, 2])
+        note = segment.MapScenes(root, "validation").note
+        assert "warning: 60% of the pixels are unknown, label 0" in note, note
+        for mode in ("L", "1"):
+            write([0, 1], mode)
+            message = refusal(segment.MapScenes, root, "training")
+            assert "1 classes" in message and "give --unknown 255" in message
+            scenes = segment.MapScenes(root, "training", unknown=255)
+            assert len(scenes.classes) == 2 and scenes[0][1].flatten()[:2].tolist() == [0, 1]
+        write([0, 255])
+        assert "nothing to tell apart" in refusal(segment.MapScenes, root, "training", 255)
+        write([0, 1, 2])
+        (root / "annotations" / "validation" / "0.png").unlink()
+        pixels = np.full((8, 12), 3, np.uint8)
+        Image.fromarray(pixels).save(root / "annotations" / "validation" / "0.png")
+        message = refusal(lambda: segment.MapScenes(root, "validation", 255)[0])
+        assert "0.png has label 3, beyond the 3 classes" in message
 
 
 def test_each_task_recognises_the_other_tasks_layout():
@@ -981,7 +1169,7 @@ def test_boxes_end_where_the_last_pixel_of_their_mask_ends():
 def test_training_leaves_out_crowds_and_evaluation_keeps_them():
     with scratch() as root:
         write_coco(root)
-        scenes = detect.CocoScenes(root, "train")
+        scenes = coco.CocoScenes(root, "train")
         trained = scene_set("detect", scenes, [0, 1], scales=(1.0, 1.0))
         measured = scene_set("detect", scenes, [1], augment=False)
         _, target, _, _ = trained[(1, 1)]
@@ -996,8 +1184,8 @@ def test_training_leaves_out_crowds_and_evaluation_keeps_them():
 
 def test_an_unreadable_scene_is_replaced_in_training_and_not_measured():
     for task, write, Scenes, splits, name in (
-        ("detect", write_coco, detect.CocoScenes, ("train", "val"), "train2017/4.jpg"),
-        ("segment", write_ade, segment.AdeScenes, ("training",), "annotations/training/0.png"),
+        ("detect", write_coco, coco.CocoScenes, ("train", "val"), "train2017/4.jpg"),
+        ("segment", write_ade, segment.MapScenes, ("training",), "annotations/training/0.png"),
     ):
         with scratch() as root:
             write(root)
@@ -1302,6 +1490,7 @@ class FewScenes(torch.utils.data.Dataset):
     """Grey images of several shapes with a rectangle and a disc each, for either task."""
 
     image_ids, category_ids, classes = [3, 5, 8, 9], [7, 90], ["rectangle", "disc"]
+    note = ""
 
     def __init__(self, task):
         self.task = task
@@ -1321,7 +1510,8 @@ class FewScenes(torch.utils.data.Dataset):
             return image, labels
         labels, crowd = torch.tensor([1, 2]), torch.zeros(2, dtype=torch.bool)
         area, boxes = masks.sum(dim=(1, 2)).float(), detect.mask_boxes(masks)
-        return image, dict(boxes=boxes, labels=labels, masks=masks, crowd=crowd, area=area)
+        truth = dict(boxes=boxes, labels=labels, masks=masks, crowd=crowd, area=area)
+        return image, truth | {"outlined": ~crowd}
 
 
 class SegmentationStrip(torch.utils.data.Dataset):
@@ -1375,7 +1565,7 @@ def test_perfect_detections_have_an_ap_of_100_through_the_letterbox_and_back():
     assert [entry["category_id"] for entry in masks] == [7, 90] * 4
     close(boxes[0]["bbox"], [2, 3, 15, 27], 1e-3)  # xywh; what lies in the padding is gone
     rle = masks[0]["segmentation"]
-    mask = detect.rle_to_mask(rle["counts"], *rle["size"])
+    mask = coco.rle_to_mask(rle["counts"], *rle["size"])
     assert rle["size"] == [40, 60] and np.array_equal(mask, FewScenes("detect")[0][1]["masks"][0])
     assert "segmentation" not in boxes[0] and "bbox" not in masks[0]
 
