@@ -432,6 +432,8 @@ class Folder(Dataset):
     """Image files on disk. `folder[i]` is (PIL image, label); the image is opened, not decoded."""
 
     held_out = False  # is it one part of a folder that was split here?
+    empty = ()  # class folders without images
+    note = ""  # a line on what was found
 
     def __init__(self, files, targets, classes):
         self.files, self.targets, self.classes = files, targets, classes
@@ -450,29 +452,48 @@ def list_images(folder):
     return images, [e.path for e in entries if e.is_dir()]
 
 
-def scan_folder(folder):
-    """A folder of class folders, or of unlabelled images -> `Folder` (label 0 where unlabelled)."""
+def list_all_images(folder, above=()):
+    """Paths of the image files in a folder and its folders, to any depth, sorted, with no label."""
+    real = os.path.realpath(folder)
+    if real in above:  # a link to a folder that holds it
+        return []
     images, subfolders = list_images(folder)
-    if images and subfolders:
+    for subfolder in subfolders:
+        images += list_all_images(subfolder, (*above, real))
+    return images
+
+
+def scan_folder(folder, labelled=False):
+    """Images in a folder, to any depth; or those of its class folders, with labels -> `Folder`.
+
+    The label is a class folder's number, 0 where images lie in the folder itself. `empty` lists
+    the class folders that hold no images, and are left out.
+    """
+    images, subfolders = list_images(folder)
+    if labelled and images and subfolders:
         raise ValueError(
             f"{folder} holds both images and folders ({os.path.basename(images[0])}, "
             f"{os.path.basename(subfolders[0])}/); keep images in class folders, or in one folder"
         )
-    if images:
-        return Folder(images, [0] * len(images), [os.path.basename(folder)])
-    files, targets = [], []
-    for label, subfolder in enumerate(subfolders):
-        found = list_images(subfolder)[0]
-        if not found:
-            hint = "fill it or remove it"
-            if len(subfolders) == 1 and list_images(subfolder)[1]:
-                hint = f"are the classes in it? Then give --data {subfolder}"
-            raise ValueError(f"class folder {subfolder} holds no images; {hint}")
-        files += found
-        targets += [label] * len(found)
+    files, targets, classes, empty = images, [0] * len(images), [os.path.basename(folder)], []
+    if not labelled:
+        files = list_all_images(folder)
+        targets = [0] * len(files)
+    elif subfolders:
+        found = {subfolder: list_images(subfolder)[0] for subfolder in subfolders}
+        classes, empty = [], [os.path.basename(s) for s in subfolders if not found[s]]
+        for subfolder in filter(found.get, subfolders):
+            files += found[subfolder]
+            targets += [len(classes)] * len(found[subfolder])
+            classes.append(os.path.basename(subfolder))
     if not files:
-        raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}) and no folders")
-    return Folder(files, targets, [os.path.basename(f) for f in subfolders])
+        hint = ""
+        if len(subfolders) == 1 and list_images(subfolders[0])[1]:
+            hint = f"; are the classes in {subfolders[0]}? Then give that"
+        raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}){hint}")
+    found = Folder(files, targets, classes)
+    found.empty = empty
+    return found
 
 
 def hold_out(source, seed):
@@ -492,12 +513,13 @@ def hold_out(source, seed):
     return part(order[count:]), part(order[:count])
 
 
-def open_sources(data, *, image_size, seed):
+def open_sources(data, *, image_size, seed, labelled=False):
     """(training source, validation source) for `--data`.
 
-    data: "shapes", "shapes-large", "cifar10" (downloaded to data/ once), or a folder: `train/` and
-    `val/` with class folders as ImageNet has them, class folders alone, or images alone; without
-    `val`, see `hold_out`. ValueError or OSError says what is wrong with it and what to do.
+    data: "shapes", "shapes-large", "cifar10" (downloaded to data/ once), or a folder: one of
+    images, to any depth; or one that holds `train/` and `val/` (or `valid/`, `validation/`).
+    Without validation images see `hold_out`. labelled: class folders, or images alone (one class).
+    ValueError or OSError says what is wrong with it and what to do.
     """
     if data in DRAWN:
         return DRAWN[data]("train", image_size), DRAWN[data]("val", image_size)
@@ -516,12 +538,28 @@ def open_sources(data, *, image_size, seed):
             f"--data {data} {what}; give a folder of images, --data shapes (drawn on the fly), or "
             "--demo"
         )
+    here, unused = root, []
     if (root / "train").is_dir():
-        train = scan_folder(root / "train")
-        if (root / "val").is_dir():
-            return train, scan_folder(root / "val")
-        return hold_out(train, seed)
-    return hold_out(scan_folder(root), seed)
+        here, unused = root / "train", [os.path.basename(f) for f in list_images(root)[1]]
+        unused.remove("train")
+    found = scan_folder(here, labelled)
+    names = [name for name in ("val", "valid", "validation") if name in unused]
+    if names:
+        train, val = found, scan_folder(root / names[0], labelled)
+        unused.remove(names[0])
+        rest = f"{len(val)} for validation in {names[0]}/"
+    else:
+        train, val = hold_out(found, seed)
+        what = "no val/: " if unused or here != root else ""
+        rest = f"{what}{len(val)} of them, a choice of seed {seed}, are held out for validation"
+    folders = len(set(map(os.path.dirname, found.files)))
+    train.note = f"{here}: {len(found)} images in {folders} folders, {rest}"
+    empty = [*found.empty, *(name for name in val.empty if val.empty is not found.empty)]
+    if empty:
+        train.note += f"; folders without images: {', '.join(sorted(set(empty))[:3])}"
+    if unused:
+        train.note += f"; not used: {', '.join(unused[:3])}"
+    return train, val
 
 
 # ---- Samples and batches -------------------------------------------------------------------------

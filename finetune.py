@@ -561,11 +561,11 @@ def open_checkpoint(args, part="classifier", script="finetune.py", keep=("pool",
             if args.eval:
                 weights = content[part]
             else:
-                weights, left_out = model.named_as_ours(content, path, KIND)
+                weights, notes = model.named_as_ours(content, path, KIND)
                 if not ours:
                     saved = model.published_sizes(weights, path, args.model)
-                if left_out:
-                    say(f"{path}: left out {', '.join(left_out)}")
+                if notes:
+                    say(f"{path}: {'; '.join(notes)}")
     for what in ("model", "patch_size"):
         given, flag = getattr(args, what), what.replace("_", "-")
         if weights is not None and given not in (None, saved[what]):
@@ -613,7 +613,7 @@ def build_data(args):
 
     With --eval the classes must be the checkpoint's. One line and status 2 if that cannot be.
     """
-    train_source, val_source = train.open_data(args, args.image_size)
+    train_source, val_source = train.open_data(args, args.image_size, labelled=True)
     check_held_out(val_source, args)
     if len(train_source.classes) < 2:
         fail(f"--data {args.data} has no classes: keep images in class folders")
@@ -844,7 +844,7 @@ def demo(args, device):
             _, top1 = run_task(argparse.Namespace(**vars(args) | own), device)
             results.append(top1)
         table.append((name, *results))
-    chance = 100 / len(train.open_data(args, settled.image_size)[0].classes)
+    chance = 100 / len(train.open_data(args, settled.image_size, labelled=True)[0].classes)
     say(f"top-1, %         k-NN  linear    (chance: {chance:.1f})")
     for name, knn, linear in table:
         say(f"{name:15}  {knn:5.1f}  {linear:6.1f}")

@@ -34,8 +34,8 @@ from torch.nn import functional as F
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# PAPER: supplement, Table 1 (base, large). PAPER SILENT: `small` is ViT-S with the same decoder;
-# `tiny` and `nano` are for CPUs and tests.
+# PAPER: supplement, Table 1 (base, large). PAPER SILENT: `small` is ViT-S and `huge` MAE's ViT-H,
+# with the same decoder; `tiny` and `nano` are for CPUs and tests.
 MAE_SIZES = {
     "nano": dict(width=128, depth=4, heads=4, decoder_width=64, decoder_depth=3, decoder_heads=4),
     "tiny": dict(width=192, depth=6, heads=3, decoder_width=128, decoder_depth=4, decoder_heads=4),
@@ -48,6 +48,9 @@ MAE_SIZES = {
     "large": dict(
         width=1024, depth=24, heads=16, decoder_width=512, decoder_depth=8, decoder_heads=16
     ),
+    "huge": dict(  # published with patches of 14 px
+        width=1280, depth=32, heads=16, decoder_width=512, decoder_depth=8, decoder_heads=16
+    ),
 }
 # PAPER SILENT: D's channels at the finest scale and their cap. 64/512 is StyleGAN2's width at
 # this resolution; smaller models get a D they can keep up with. (--d-channels, --d-max)
@@ -57,6 +60,7 @@ DISCRIMINATOR_WIDTHS = {
     "small": (32, 256),
     "base": (64, 512),
     "large": (64, 512),
+    "huge": (64, 512),
 }
 
 
@@ -85,6 +89,12 @@ def check_size(images, side):
     """ValueError if images (B, 3, H, W) are not side x side, which a network was built for."""
     if images.shape[2:] != (side, side):
         raise ValueError(f"images of {list(images.shape[2:])} for a network of {side} px squares")
+
+
+def check_name(size):
+    """ValueError for a size that is not in MAE_SIZES."""
+    if size not in MAE_SIZES:
+        raise ValueError(f"there is no size {size!r}; there are {', '.join(MAE_SIZES)}")
 
 
 def unpatchify(patches, patch_size):
@@ -247,12 +257,10 @@ class ViT(nn.Module):
 
     def __init__(self, *, image_size, patch_size, width, depth, heads, drop=0.0):
         super().__init__()
-        if patch_size < 1 or patch_size & (patch_size - 1):
-            raise ValueError(f"patch size {patch_size} is not a power of two")
-        if image_size % patch_size:
+        if patch_size < 1 or image_size % patch_size:
             raise ValueError(
                 f"image size {image_size} is not divisible by patch size {patch_size}; "
-                f"use {image_size // patch_size * patch_size or patch_size}"
+                f"use {image_size // max(1, patch_size) * patch_size or patch_size}"
             )
         self.patch_size = patch_size
         self.side = image_size // patch_size  # patches along one side
@@ -328,9 +336,12 @@ class MAE(ViT):
         super().__init__(
             image_size=image_size, patch_size=patch_size, width=width, depth=depth, heads=heads
         )
-        most = patch_size.bit_length()  # 16 px patches: 16, 8, 4, 2, 1
+        most = (patch_size & -patch_size).bit_length()  # 16 px patches: 16, 8, 4, 2, 1; 14: 14, 7
         if not 1 <= scales <= most:
-            raise ValueError(f"{scales} scales, but {patch_size} px patches halve to {most} only")
+            raise ValueError(
+                f"{scales} scales, but {patch_size} px patches give {most}, as they halve "
+                f"{most - 1} times: take patches of a power of two"
+            )
         # ... and the decoder: narrower and shallower, since it is thrown away.
         self.decoder_embed = linear(width, decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
@@ -458,8 +469,9 @@ class MSGMAE(MAE):
 def build_mae(size, image_size=224, patch_size=16, arch="mae", scales=1):
     """An autoencoder of a size in MAE_SIZES: arch "mae" or "msg_mae", with `scales` outputs.
 
-    ValueError if the patch size does not fit the image, or the scales the patch.
+    ValueError for another size, or if patch size and image, or scales and patch, do not fit.
     """
+    check_name(size)
     network = {"mae": MAE, "msg_mae": MSGMAE}[arch]
     return network(image_size=image_size, patch_size=patch_size, scales=scales, **MAE_SIZES[size])
 
@@ -1127,6 +1139,7 @@ class Classifier(nn.Module):
 
 def build_encoder(size, image_size, patch_size, drop=0.0):
     """The encoder of a size in MAE_SIZES; ValueError if the patch size does not fit the image."""
+    check_name(size)
     sizes = {k: MAE_SIZES[size][k] for k in ("width", "depth", "heads")}
     return ViT(image_size=image_size, patch_size=patch_size, drop=drop, **sizes)
 
@@ -1267,7 +1280,7 @@ def read_weights(path, kind="a file of ViT-MAE weights"):
 
 
 def named_as_ours(content, path, kind):
-    """What `load_file` returned -> ({our name: tensor}, [names left out]); see `from_others`.
+    """What `load_file` returned -> ({our name: tensor}, [remarks to print]); see `from_others`.
 
     Where a script other than train.py trained more than an autoencoder, the encoder alone.
     """
@@ -1279,8 +1292,9 @@ def named_as_ours(content, path, kind):
         raise ValueError(f"{path} is not {kind} (it holds no tensors)")
     if other_script and not all(k.startswith((*ENCODER, *DECODER)) for k in weights):
         encoder = {k: v for k, v in weights.items() if k.startswith(ENCODER)}
-        return encoder, sorted({k.split(".")[0] for k in weights.keys() - encoder.keys()})
-    return from_others(weights)
+        others = sorted({k.split(".")[0] for k in weights.keys() - encoder.keys()})
+        return encoder, [f"left out {few(others)}"]
+    return from_others(weights, path)
 
 
 # ---- Weights: loss networks -----------------------------------------------------------
@@ -1338,6 +1352,31 @@ def load_whole(network, weights, path):
     network.load_state_dict(weights)
 
 
+def load_encoder(path):
+    """An encoder from any file that `read_weights` takes -> `ViT` in evaluation mode, on the CPU.
+
+    Its sizes are read from the weights. ValueError, one line, for any other file.
+    """
+    weights, _ = read_weights(path)
+    sizes = published_sizes(weights, path)
+    encoder = build_encoder(sizes["model"], sizes["image_size"], sizes["patch_size"])
+    load_whole(encoder, encoder_weights(weights, encoder.side, path), path)
+    return encoder.eval()
+
+
+def load_mae(path):
+    """An autoencoder, as `load_encoder`, from a file that holds a decoder, too -> `MAE`."""
+    weights, _ = read_weights(path)
+    if not any(k.startswith(DECODER) for k in weights):
+        raise ValueError(f"{path} holds an encoder alone; its decoder is needed, to paint")
+    arch = "msg_mae" if any(k.startswith("decoder_fuse") for k in weights) else "mae"
+    smaller = {k.split(".")[1] for k in weights if k.startswith("decoder_rgb.")}
+    sizes = published_sizes(weights, path)
+    mae = build_mae(sizes.pop("model"), **sizes, arch=arch, scales=1 + len(smaller))
+    load_autoencoder(mae, weights, path)
+    return mae.eval()
+
+
 def load_autoencoder(mae, weights, path):
     """Give an autoencoder another's encoder, and decoder where there is one -> what was taken.
 
@@ -1392,11 +1431,14 @@ def encoder_weights(weights, side, path):
     return weights
 
 
-def misfits(network, weights, most=3):
-    """How weights {name: tensor} do not fit a network: one line, "" if they do.
+def few(names, most=3):
+    """Names in a message: at most so many, and how many more there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + rest
 
-    most: names that are listed of each kind of fault.
-    """
+
+def misfits(network, weights):
+    """How weights {name: tensor} do not fit a network: one line, "" if they do."""
     expected = network.state_dict()
     faults = {
         "missing": [k for k in expected if k not in weights],
@@ -1407,12 +1449,17 @@ def misfits(network, weights, most=3):
             if k in expected and getattr(v, "shape", None) != expected[k].shape
         ],
     }
-    listed = []
-    for what, names in faults.items():
-        if names:
-            rest = f" and {len(names) - most} more" if len(names) > most else ""
-            listed.append(f"{what}: {', '.join(names[:most])}{rest}")
-    return "; ".join(listed)
+    return "; ".join(f"{what}: {few(names)}" for what, names in faults.items() if names)
+
+
+def check_sizes(weights, path, model, patch_size):
+    """ValueError that names both sizes, if an encoder's weights are for another model or patch."""
+    theirs = published_sizes(weights, path, model)
+    if (theirs["model"], theirs["patch_size"]) != (model, patch_size):
+        raise ValueError(
+            f"{path} is of --model {theirs['model']} --patch-size {theirs['patch_size']}, this run "
+            f"of --model {model} --patch-size {patch_size}: give those of the file"
+        )
 
 
 def published_sizes(weights, path, model=None, remedy="--model names the one it should be"):
@@ -1425,7 +1472,7 @@ def published_sizes(weights, path, model=None, remedy="--model names the one it 
     if missing:
         raise ValueError(
             f"{path} is no MAE encoder; missing: {', '.join(missing)}; there is: "
-            f"{', '.join(map(str, weights))}"
+            f"{few(list(weights))}"
         )
     width, patch_size = weights["cls_token"].shape[-1], weights["patch_embed.proj.weight"].shape[-1]
     depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
@@ -1509,16 +1556,45 @@ def from_hf(weights):
     return ours | theirs
 
 
-def from_others(weights):
+def strip_prefix(weights, path):
+    """Weights all of whose encoder lies under one prefix, as wrappers give it -> (weights without
+    it, the prefix). ValueError if there are several encoders.
+    """
+    found = [re.fullmatch(r"(.*?)((vit\.)?embeddings\.)?cls_token", name) for name in weights]
+    prefixes = sorted({match[1] for match in found if match})
+    if len(prefixes) > 1 and "" not in prefixes:
+        raise ValueError(
+            f"{path} holds {len(prefixes)} encoders, under {few(prefixes)}: save the one to take"
+        )
+    if "" in prefixes or not prefixes:
+        return weights, ""
+    [prefix] = prefixes
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, prefix
+
+
+def from_others(weights, path="the file"):
     """Weights of a ViT-MAE or its encoder, as the published MAE, timm or Hugging Face name them.
 
-    -> ({our name: tensor}, [names left out]): a classifier's head is left out; any other name that
-    is not ours is kept, for strict loading to judge.
+    -> ({our name: tensor}, [remarks to print]). A prefix of all names ("module.") goes. A
+    classifier's head is left out, and so is `fc_norm`, which fine-tuned MAEs have in place of the
+    encoder's norm: it comes after averaging, and the encoder's starts anew. Any other name that is
+    not ours is kept, for strict loading to judge.
     """
+    weights, prefix = strip_prefix(before := weights, path)
+    notes = [f"names begin with {prefix}"] if prefix else []
+    left_out = [k for k in before if not k.startswith(prefix)]
     if any(k.startswith(("vit.", "embeddings.")) for k in weights):
         weights = from_hf(weights)
-    left_out = [k for k in weights if k.startswith("head.")]
-    return {k: v for k, v in weights.items() if k not in left_out}, left_out
+    left_out += [k for k in weights if k.startswith("head.")]
+    if "fc_norm.weight" in weights and "norm.weight" not in weights:
+        left_out += [k for k in weights if k.startswith("fc_norm.")]
+        scale = weights["fc_norm.weight"]
+        new = {"norm.weight": torch.ones_like(scale), "norm.bias": torch.zeros_like(scale)}
+        weights = weights | new
+        notes.append("the encoder up to its last block; its norm is new, since fc_norm is not its")
+    if left_out:
+        notes.append(f"left out {few(left_out)}")
+    return {k: v for k, v in weights.items() if k not in left_out}, notes
 
 
 # ---- Weights: OpenAI's pickled dVAE ---------------------------------------------------

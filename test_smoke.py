@@ -1804,12 +1804,13 @@ def test_folder_layouts_are_read_as_what_they_are():
     with scratch() as root:
         write_folder(root / "imagenet" / "train")
         write_folder(root / "imagenet" / "val", count=3)
-        train_part, val_part = data.open_sources(str(root / "imagenet"), image_size=32, seed=0)
+        options = dict(image_size=32, seed=0, labelled=True)
+        train_part, val_part = data.open_sources(str(root / "imagenet"), **options)
         assert (len(train_part), len(val_part), train_part.classes) == (24, 6, ["a", "b"])
         assert train_part.targets == [0] * 12 + [1] * 12
 
         # Class folders alone: 8 are held out, the same ones for the same seed, none in both.
-        parts = data.open_sources(str(root / "imagenet" / "train"), image_size=32, seed=0)
+        parts = data.open_sources(str(root / "imagenet" / "train"), **options)
         again = data.open_sources(str(root / "imagenet" / "train"), image_size=32, seed=0)
         assert [len(p) for p in parts] == [16, 8] and parts[1].files == again[1].files
         assert not set(parts[0].files) & set(parts[1].files)
@@ -1822,23 +1823,52 @@ def test_folder_layouts_are_read_as_what_they_are():
         assert [len(p) for p in flat] == [12, 8]
 
 
+def test_pre_training_takes_folders_of_any_depth_and_labelled_tasks_do_not():
+    with scratch() as root:
+        write_folder(root / "site" / "day" / "a", classes=("x", "y"), count=6)
+        write_folder(root / "site" / "b", classes=("",), count=5)
+        Image.new("RGB", (32, 32)).save(root / "site" / "stray.png")
+        (root / "site" / "__MACOSX").mkdir()
+        (root / "site" / "loop").symlink_to(root / "site")
+        parts = data.open_sources(str(root / "site"), image_size=32, seed=0)
+        assert [len(p) for p in parts] == [10, 8] and parts[0].note == (
+            f"{root / 'site'}: 18 images in 4 folders, 8 of them, a choice of seed 0, are held out "
+            "for validation"
+        )
+        (root / "site" / "loop").unlink()
+
+        def labelled(path):
+            return data.open_sources(str(path), image_size=32, seed=0, labelled=True)
+
+        raises_value_error(labelled, root / "site", says="holds both images and folders (stray.png")
+        (root / "site" / "stray.png").unlink()
+        raises_value_error(labelled, root / "site" / "day", says="are the classes in")
+        write_folder(root / "own" / "train")
+        (root / "own" / "train" / "0 empty").mkdir()
+        part, _ = labelled(root / "own" / "train")
+        assert part.classes == ["a", "b"] and part.note.endswith("without images: 0 empty")
+        assert sorted(set(part.targets)) == [0, 1]
+        (root / "own" / "test").mkdir()
+        for name in ("validation", "valid", "val"):  # what comes last is the one to take
+            write_folder(root / "own" / name, count=2)
+            train_part, val_part = labelled(root / "own")
+            assert len(train_part) == 24 and {f.split("/")[-3] for f in val_part.files} == {name}
+        assert train_part.note.endswith(
+            "4 for validation in val/; folders without images: 0 empty; "
+            "not used: test, valid, validation"
+        )
+
+
 def test_bad_input_ends_in_one_line_with_status_2():
     with scratch() as root:
         fast = [*FAST, "--out", root / "run"]
         (root / "empty").mkdir()
-        write_folder(root / "hole")
-        (root / "hole" / "nothing").mkdir()
-        write_folder(root / "mixed")
-        Image.new("RGB", (32, 32)).save(root / "mixed" / "stray.png")
         write_folder(root / "few", count=3)
         refused(*fast, "--data", root / "missing", names=["missing", "--data shapes"])
         refused(*fast, "--data", root / "empty", names=["empty", "no images"])
-        refused(*fast, "--data", root / "hole", names=["hole/nothing", "no images"])
-        write_folder(root / "high" / "classes")
-        refused(*fast, "--data", root / "high", names=["Then give --data", "high/classes"])
-        refused(*fast, "--data", root / "mixed", names=["stray.png", "mixed"])
         refused(*fast, "--data", root / "few", names=["6 images", "hold out"])
-        refused(*fast, "--patch-size", 6, names=["patch size 6", "power of two"])
+        half = ["--loss", "msg_gan", "--image-size", 36, "--patch-size", 6]
+        refused(*fast, *half, names=["3 scales", "6 px patches give 2", "power of two"])
         refused(*fast, "--image-size", 44, names=["image size 44", "patch size 8"])
         refused(*fast, "--patch-size", 64, names=["image size 32", "patch size 64"])
         refused(*fast, "--crop-min", 1.5, names=["--crop-min 1.5"])
@@ -2395,15 +2425,65 @@ def test_weights_are_read_by_the_names_of_other_projects():
     assert "vit.encoder.layer.5.output.dense.weight" in theirs
     assert "decoder.decoder_layers.0.attention.output.dense.bias" in theirs
     for names in (theirs, newer, ours):
-        back, left_out = model.from_others(names)
-        assert model.misfits(mae, back) == "" and left_out == []
+        back, notes = model.from_others(names)
+        assert model.misfits(mae, back) == "" and notes == []
         assert all(torch.equal(back[k], v) for k, v in ours.items())
     encoder = {k.removeprefix("vit."): v for k, v in theirs.items() if k.startswith("vit.")}
     back, _ = model.from_others(encoder)  # transformers' ViTMAEModel
     assert len(back) == 78 and torch.equal(back["norm.bias"], ours["norm.bias"])
     timm = {"head.weight": torch.zeros(5, 192), "fc_norm.weight": torch.ones(192), **ours}
-    back, left_out = model.from_others(timm)
-    assert left_out == ["head.weight"] and "unexpected: fc_norm.weight" in model.misfits(mae, back)
+    back, notes = model.from_others(timm)
+    assert notes == ["left out head.weight"]
+    assert "unexpected: fc_norm.weight" in model.misfits(mae, back)
+
+
+def test_an_encoder_under_a_prefix_or_without_its_norm_is_taken_and_that_is_said():
+    torch.manual_seed(0)
+    mae = model.build_mae("tiny", 32, 8)
+    ours = mae.state_dict()
+    for prefix in ("module.", "model.", "encoder.", "backbone.", "model.backbone."):
+        for names in (ours, as_hugging_face(ours, False)):
+            wrapped = {prefix + k: v for k, v in names.items()} | {"criterion.w": torch.ones(1)}
+            with scratch() as root:
+                torch.save({"state_dict": wrapped, "epoch": 3}, root / "x.pt")  # as Lightning
+                back, notes = model.read_weights(root / "x.pt")
+            assert model.misfits(mae, back) == "" and torch.equal(
+                back["norm.bias"], ours["norm.bias"]
+            )
+            assert notes == [f"names begin with {prefix}", "left out criterion.w"]
+    two = {p + k: v for p in ("student.", "teacher.") for k, v in ours.items()}
+    raises_value_error(model.from_others, two, says="2 encoders, under student., teacher.")
+    # As fine-tuned MAEs are published: the mean of the tokens is normalised, by another norm.
+    tuned = {k: v for k, v in ours.items() if k.startswith(model.ENCODER) and "norm." not in k[:5]}
+    tuned |= {"fc_norm.weight": torch.full((192,), 3.0), "fc_norm.bias": torch.ones(192)}
+    tuned |= {"head.weight": torch.zeros(5, 192), "head.bias": torch.zeros(5)}
+    back, notes = model.from_others(tuned)
+    assert (back["norm.weight"] == 1).all() and (back["norm.bias"] == 0).all()
+    assert back.keys() == {k for k in ours if k.startswith(model.ENCODER)}
+    assert "its norm is new" in notes[0] and "fc_norm.weight" in notes[1] and "head" in notes[1]
+
+
+def test_networks_are_built_from_files_alone_with_the_sizes_of_their_weights():
+    torch.manual_seed(3)
+    images = torch.rand(2, 3, 32, 32)
+    noise = torch.rand(2, 16)
+    for arch, scales in (("mae", 1), ("msg_mae", 4)):
+        mae = model.build_mae("nano", 32, 8, arch, scales)
+        with scratch() as root:
+            torch.save({"model": mae.state_dict()}, root / "x.pth")
+            loaded, encoder = model.load_mae(root / "x.pth"), model.load_encoder(root / "x.pth")
+            torch.save(encoder.state_dict(), root / "encoder.pth")
+            raises_value_error(model.load_mae, root / "encoder.pth", says="an encoder alone")
+        assert type(loaded) is type(mae) and not loaded.training and not encoder.training
+        assert all(map(torch.equal, loaded(images, 0.75, noise)[0], mae(images, 0.75, noise)[0]))
+        close(encoder(images), mae.encode(images)[0], 1e-6)
+    raises_value_error(model.build_mae, "vit_b", says="'vit_b'; there are nano, tiny")
+    assert model.build_mae("nano", 42, 14)(torch.rand(1, 3, 42, 42))[0][0].shape == (1, 3, 42, 42)
+    with torch.device("meta"):  # ViT-H/14 as in timm, where positions are learnt
+        huge = model.build_encoder("huge", 224, 14)
+    assert (
+        sum(p.numel() for p in huge.parameters()) == 630_764_800 - 257 * 1280
+    )  # timm, whose positions are learnt
 
 
 def test_other_weights_start_a_run_with_their_decoder_and_the_rest_is_new():
@@ -2420,9 +2500,9 @@ def test_other_weights_start_a_run_with_their_decoder_and_the_rest_is_new():
         # Of a network with parts of its own, its encoder alone.
         own = ours | {"projector.weight": torch.ones(2), "mask_token": torch.ones(1, 1, 192)}
         content = {"mae": own, "arguments": {}, "script": "another.py"}
-        weights, left_out = model.named_as_ours(content, "x", "y")
+        weights, notes = model.named_as_ours(content, "x", "y")
         assert set(weights) == {k for k in ours if not k.startswith(("decoder", "mask"))}
-        assert {"projector", "mask_token", "decoder_pred"} <= set(left_out)
+        assert notes == ["left out decoder_blocks, decoder_embed, decoder_norm and 4 more"]
 
 
 def test_files_of_other_weights_are_refused_by_the_names_that_differ():

@@ -690,10 +690,11 @@ def initialise(run, args):
     kind = "a file of ViT-MAE weights"
     with refusals():
         content = model.load_file(args.init, kind)
-        weights, left_out = model.named_as_ours(content, args.init, kind)
+        weights, notes = model.named_as_ours(content, args.init, kind)
+        model.check_sizes(weights, args.init, args.model, args.patch_size)
         taken = model.load_autoencoder(unwrap(run.mae), weights, args.init)
     args.seen = [*seen_by(content), *args.seen]
-    say(f"--init {args.init}: took {taken}; left out: {', '.join(left_out) or 'none'}")
+    say(f"--init {args.init}: {'; '.join([*notes, taken])}")
 
 
 def compiled(network, args):
@@ -750,15 +751,13 @@ def seen_by(content):
     return [[folder_of(then["data"]), then["seed"]]] if {"data", "seed"} <= then.keys() else []
 
 
-def open_data(args, image_size):
+def open_data(args, image_size, labelled=False):
     """-> (training, validation) source of --data; one line and status 2 if that cannot be."""
     with refusals(), first_of_a_node_first():  # it downloads what is to be downloaded
-        sources = data.open_sources(args.data, image_size=image_size, seed=args.seed)
-    if getattr(sources[1], "held_out", False):
-        say(
-            f"{args.data} has no val/: {len(sources[1])} of its {sum(map(len, sources))} images, "
-            f"a choice of seed {args.seed}, are held out"
-        )
+        options = dict(image_size=image_size, seed=args.seed, labelled=labelled)
+        sources = data.open_sources(args.data, **options)
+    if note := getattr(sources[0], "note", ""):
+        say(note)
     return sources
 
 
@@ -1314,7 +1313,7 @@ RUN_FLAGS = (
 NETWORK_FLAGS = (
     ("--model", model.MAE_SIZES, "base", "paper: base, large"),
     ("--image-size", at_least(16), 224, "side in pixels"),
-    ("--patch-size", at_least(2), 16, "pixels, a power of two"),
+    ("--patch-size", at_least(2), 16, "pixels; a power of two for rows of several scales"),
     ("--mask-ratio", POSITIVE, 0.75, "hidden part of the patches"),
     ("--norm-pix-loss", bool, False, "normalise each target patch of a masked MSE"),
     ("--init", str, None, "file to start from: ours, a published MAE, timm's, Hugging Face's"),

@@ -121,6 +121,8 @@ class Detector(dense.FeaturePyramid):
     def __init__(self, encoder, classes, width):
         super().__init__(encoder, width)
         self.classes, p, S = classes, encoder.patch_size, self.image_size
+        if p & (p - 1):  # torchvision's pooling takes the maps' scales for powers of two
+            raise ValueError(f"detection needs patches of a power of two, not of {p} px")
         norm = dict(norm_layer=dense.group_norm)
         self.fpn = FeaturePyramidNetwork(self.channels, width, LastLevelMaxPool(), **norm)
         # PAPER SILENT: anchors and sampling. One size per map, of FPN's 8 cells (32 to 512 px at

@@ -2,11 +2,14 @@
 
     python -m extras.reconstruct --checkpoint runs/mse/checkpoint.pt --data path/to/images
     python -m extras.reconstruct --checkpoint runs/mse/checkpoint.pt runs/msg_gan_p/checkpoint.pt
+    python -m extras.reconstruct --checkpoint mae_visualize_vit_large_ganloss.pth --data photo.jpg
     torchrun --nproc_per_node=8 -m extras.reconstruct --checkpoint runs/mse/checkpoint.pt
 
-Takes checkpoints of train.py, and of extras/siblings.py's rows that paint. All of them see the same
-validation images under the same random masks. Two kinds of reconstruction are measured: "full", as
-predicted, and "pasted", its hidden part alone between the true visible patches (`losses.KINDS`).
+Takes checkpoints of train.py, of extras/siblings.py's rows that paint, and files of other projects
+that hold a decoder, as the published MAE or Hugging Face name it. All of them see the same images
+under the same random masks: --data's validation images, or the photographs that it names. Two
+kinds of reconstruction are measured: "full", as predicted, and "pasted", its hidden part alone
+between the true visible patches (`losses.KINDS`).
 
 Writes to OUT: eval.json, with L1, PSNR, SSIM, IS and FID (Table 1), and pictures/:
 reconstruction.png (Figure 2), attention.png (Figure 3), and of several checkpoints
@@ -315,19 +318,28 @@ def draw_figures(folder, runs, val_set, device):
 # ---- Checkpoints and weights ---------------------------------------------------------------------
 
 
-def open_autoencoder(path, dtype, device):
-    """A checkpoint -> run, as `train.reconstruct` takes it, with name, path and network.
+def open_autoencoder(path, norm_pix_loss, dtype, device):
+    """A file -> run, as `train.reconstruct` takes it, with name, path, network and seen.
 
-    run: mae, autocast, args. network: the `model.ViT` that is in the checkpoint; mae: a function
-    that paints with it, of the arguments of `MAE.forward`.
+    run: mae, autocast, args. network: the `model.ViT` that is in the file; mae: a function that
+    paints with it, of the arguments of `MAE.forward`. norm_pix_loss: was a file that does not
+    record it trained on normalised patches? seen: see `train.seen_by`.
     """
     with train.refusals():
-        checkpoint = model.load_file(path, "a checkpoint of train.py")
+        checkpoint = model.load_file(path, "a file of ViT-MAE weights")
+        if "script" not in checkpoint:
+            network = mae = model.load_mae(path)
     is_sibling = train.made_by("extras/siblings.py", checkpoint, "mae")
-    if not is_sibling and not train.made_by("train.py", checkpoint, "mae"):
-        fail(f"{path} is not a checkpoint of train.py: reconstructions need its decoder")
-    own = argparse.Namespace(**checkpoint["arguments"])
-    name = own.loss
+    if "script" in checkpoint and not is_sibling:
+        if not train.made_by("train.py", checkpoint, "mae"):
+            fail(f"{path} is not a checkpoint of train.py: reconstructions need its decoder")
+    own, seen = argparse.Namespace(norm_pix_loss=norm_pix_loss, mask_ratio=0.75, seed=0), []
+    name = Path(path).stem
+    if "script" in checkpoint:
+        own, seen = argparse.Namespace(**checkpoint["arguments"]), train.seen_by(checkpoint)
+        name = own.loss
+    else:
+        own.image_size, own.patch_size = network.patch_size * network.side, network.patch_size
     if is_sibling:
         from extras import siblings
 
@@ -337,18 +349,19 @@ def open_autoencoder(path, dtype, device):
             )
         network = siblings.build_network(own)
         mae = partial(siblings.paint, network)
-    else:
+    elif "script" in checkpoint:
         network = mae = train.build_autoencoder(own)
         if own.arch != losses.LOSSES[own.loss]["arch"]:
             name += f" ({own.arch})"
     if own.norm_pix_loss:
         name += " (true contrast)"  # see `train.reconstruct`
-    with train.refusals():
-        model.load_whole(network, checkpoint["mae"], path)
+    if "script" in checkpoint:
+        with train.refusals():
+            model.load_whole(network, checkpoint["mae"], path)
     network.to(device).eval()
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
     run = SimpleNamespace(mae=mae, autocast=autocast, args=own)
-    run.name, run.path, run.network = name, path, network
+    run.name, run.path, run.network, run.seen = name, path, network, seen
     return run
 
 
@@ -359,7 +372,7 @@ def open_autoencoders(args, device):
     """
     runs, first, dtype = {}, None, train.choose_precision(args.amp, device)
     for path in args.checkpoint:
-        run = open_autoencoder(path, dtype, device)
+        run = open_autoencoder(path, args.norm_pix_loss, dtype, device)
         first = first or run
         for what in SIZES:
             here, there = getattr(run.args, what), getattr(first.args, what)
@@ -372,13 +385,29 @@ def open_autoencoders(args, device):
 
 
 def build_data(runs, args):
-    """The validation set, with the masks of args.seed; status 2 if checkpoints held out others."""
-    _, source = train.open_data(args, args.image_size)
+    """The images to measure, with the masks of args.seed; status 2 if checkpoints held out others.
+
+    Photographs, or all images of a folder that no checkpoint was trained on and that has no parts;
+    else the validation images.
+    """
+    paths, folder = list(map(Path, args.data)), args.data[0]
+    here = train.folder_of(folder)
+    trained_on = any(seen == here for run in runs.values() for seen, _ in run.seen)
+    with train.refusals():
+        if all(path.is_file() for path in paths):
+            source = data.Folder(args.data, [0] * len(paths), ["photographs"])
+        elif len(paths) > 1:
+            fail("--data takes one folder, or files that exist: " + ", ".join(args.data))
+        elif paths[0].is_dir() and not (trained_on or (paths[0] / "train").is_dir()):
+            source = data.scan_folder(folder)
+        else:
+            own = argparse.Namespace(**vars(args) | {"data": folder})
+            _, source = train.open_data(own, args.image_size)
     seeds = {run.args.seed for run in runs.values()}
     if len(seeds) > 1 and getattr(source, "held_out", False):
         fail(
             f"the checkpoints held out different images (seeds {seeds}): evaluate them apart, or "
-            f"put validation images into {args.data}/val"
+            f"put validation images into {folder}/val"
         )
     return data.PretrainSet(
         source,
@@ -438,23 +467,24 @@ def build_parser():
         nargs="+",
         required=True,
         metavar="FILE",
-        help="of train.py, or of extras/siblings.py's rows that paint; image size, patch size, "
-        "mask ratio and seed are its",
+        help="of train.py, of extras/siblings.py's rows that paint, or another project's; image "
+        "size, patch size, mask ratio and seed are its",
     )
-    data_flag, _, workers = train.DATA_FLAGS
+    (_, _, images, help), _, workers = train.DATA_FLAGS
+    parser.add_argument("--data", nargs="+", default=[images], help=help + "; image files")
     batch_size, *_ = train.BATCH_FLAGS
     amp, *_ = train.RUN_FLAGS
     train.add_flags(
         parser,
         "what to measure, and how",
-        data_flag,
+        ("--norm-pix-loss", bool, False, "was a published file trained on normalised patches?"),
         ("--val-images", train.COUNT, None, "measure on so many; None = all"),
         (
             "--inception-weights",
             str,
-            "torchvision",
+            None,
             "of IS and FID: FILE, torchvision (downloads its own) or none; published FIDs: "
-            "pt_inception-2015-12-05-6726825d.pth",
+            "pt_inception-2015-12-05-6726825d.pth; None = torchvision, but none for image files",
         ),
         ("--out", str, None, "folder to write; None = reconstruct/ beside the first checkpoint"),
         workers,
@@ -467,6 +497,8 @@ def build_parser():
 def parse_args(argv=None):
     """Command line -> namespace, complete but for what the checkpoints settle."""
     args = build_parser().parse_args(argv)
+    photographs = all(Path(path).is_file() for path in args.data)
+    args.inception_weights = args.inception_weights or ("none" if photographs else "torchvision")
     args.out = args.out or str(Path(args.checkpoint[0]).parent / "reconstruct")
     return args
 
@@ -490,7 +522,7 @@ def measure_and_draw(args, device):
     if not is_main():  # the sums are all processes', what follows is not shared
         return
     count, results = int(totals["images"]), as_results(runs, totals, sums)
-    about = {"data": args.data, "images": count, "unreadable": unread}
+    about = {"data": " ".join(args.data), "images": count, "unreadable": unread}
     about |= {k: getattr(args, k) for k in (*SIZES, "seed")}
     about |= {"inception": what, "checkpoints": {name: run.path for name, run in runs.items()}}
     with train.writing(out):

@@ -652,7 +652,8 @@ def initialise(network, args):
     """--init: start from an encoder, R-MAE also from a decoder; says what was taken."""
     kind, own = "a file of ViT-MAE weights", network.state_dict()
     content = model.load_file(args.init, kind)
-    weights, left_out = model.named_as_ours(content, args.init, kind)
+    weights, notes = model.named_as_ours(content, args.init, kind)
+    model.check_sizes(weights, args.init, args.model, args.patch_size)
     if args.loss == "r_mae":
         taken = model.load_autoencoder(network, weights, args.init)
     else:
@@ -663,7 +664,7 @@ def initialise(network, args):
     if SIBLINGS[args.loss]["momentum"]:
         move_teacher(network, 0)  # it starts from the same weights
     args.seen = [*train.seen_by(content), *args.seen]
-    say(f"--init {args.init}: took {taken}; left out: {', '.join(left_out) or 'none'}")
+    say(f"--init {args.init}: {'; '.join([*notes, taken])}")
 
 
 def build_data(args):

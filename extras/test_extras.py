@@ -45,6 +45,7 @@ from test_smoke import (
     RANDOM,
     TINY,
     Evil,
+    as_hugging_face,
     close,
     command,
     finish,
@@ -245,7 +246,10 @@ def test_what_cannot_be_measured_is_refused():
         torch.save({1: torch.zeros(2), "fc.bias": torch.tensor(1.0)}, root / "odd.pt")
         torch.save(dict.fromkeys(("mae", "fc.bias"), Evil(touched)), root / "evil.pt")
         refused(*look, root / "evil.pt", names=["evil.pt"], script=reconstruct)
-        refused(*look, root / "part.pth", names=["not a checkpoint of train"], script=reconstruct)
+        refused(*look, root / "part.pth", names=["an encoder alone"], script=reconstruct)
+        refused(*look, small, "--data", root / "no.jpg", names=["no.jpg"], script=reconstruct)
+        torch.save({"script": "finetune.py", "classifier": {}}, root / "other.pt")
+        refused(*look, root / "other.pt", names=["not a checkpoint of train"], script=reconstruct)
         for file, *names in (
             (small, "Inception weights", "6726825d"),
             (root / "part.pth", "missing: Conv2d_1a", "more"),
@@ -258,6 +262,49 @@ def test_what_cannot_be_measured_is_refused():
         assert not touched.exists()
         pickle.loads(pickle.dumps(Evil(touched)))
         assert touched.exists()  # it would have been
+
+
+def test_photographs_are_painted_by_files_of_other_projects():
+    """A published MAE's file holds {"model": weights}, without a word on how it was trained."""
+    torch.manual_seed(0)
+    mae = model.build_mae("nano", 32, 8)
+    photograph = (torch.rand(32, 32, 3) * 255).byte().numpy()
+    with scratch() as root:
+        torch.save({"model": mae.state_dict()}, root / "mae_visualize.pth")
+        theirs = as_hugging_face(mae.state_dict(), newer=False)
+        torch.save({f"module.{k}": v for k, v in theirs.items()}, root / "hf.bin")
+        (root / "photos" / "sub").mkdir(parents=True)
+        for name in ("photo.png", "sub/other.png", "sub/last.png"):
+            Image.fromarray(photograph).save(root / "photos" / name)
+
+        def results(*flags):
+            given = ["--workers", 0, "--out", root / "out", "--checkpoint", root / "hf.bin"]
+            flags = [*given, root / "mae_visualize.pth", *flags]
+            status, errors = command(*flags, script=reconstruct)
+            assert status == 0 and (root / "out" / "pictures" / "reconstruction.png").exists()
+            return json.loads((root / "out" / "eval.json").read_text())
+
+        one = results("--data", root / "photos" / "photo.png")
+        assert one["images"] == 1 and list(one["results"]) == ["hf", "mae_visualize"]
+        assert one["results"]["hf"] == one["results"]["mae_visualize"]
+        # The mask of seed 0, and eq. 1's network: its own PSNR over all pixels.
+        real = torch.from_numpy(photograph).permute(2, 0, 1)[None] / 255
+        noise = data.PretrainSet(
+            data.Folder([root / "photos" / "photo.png"], [0], ["x"]),
+            augment=False,
+            image_size=32,
+            num_patches=16,
+            seed=0,
+        )[0, 0][1]
+        [fake], _ = mae(real, 0.75, noise[None])
+        psnr = -10 * (fake.clamp(0, 1) - real).square().mean().log10()
+        close(one["results"]["hf"]["psnr_full"], psnr.item(), 1e-3)
+        normalised = results("--data", root / "photos" / "photo.png", "--norm-pix-loss")
+        assert list(normalised["results"])[0] == "hf (true contrast)"
+        assert normalised["results"]["hf (true contrast)"] != one["results"]["hf"]
+        two = [root / "photos" / name for name in ("photo.png", "sub/other.png")]
+        assert results("--data", *two)["images"] == 2
+        assert results("--data", root / "photos", "--inception-weights", "none")["images"] == 3
 
 
 def test_an_evaluation_takes_the_images_that_training_held_out():
