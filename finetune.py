@@ -117,12 +117,13 @@ def train_network(run, train_set, val_set, args):
             position = (epoch - 1) * sampler.steps + progress["epoch_step"]
             warmup, total = args.warmup_epochs * sampler.steps, args.epochs * sampler.steps
             # The head's rate; lower layers have a part of it.
-            train.set_rate(run.opt, train.learning_rate(position, warmup, total, args.lr))
+            lr = train.learning_rate(position, warmup, total, args.lr)
+            train.set_rate(run.opt, lr)
             terms = step_gradients(run, batches, progress, args)
             means, stopping = train.agree(run, terms, batches, stop["signal"], progress, train_set)
             finite = math.isfinite(means["loss"])
             update(run, apply=finite)
-            clock = train.book_step(progress, means, finite, clock, bar, args)
+            clock = train.book_step(progress, means, finite, lr, clock, bar, args)
             stopping = stopping or progress["step"] == args.steps
             due = train.save_is_due(progress, stopping, args)
             if progress["epoch_step"] == sampler.steps:
@@ -517,7 +518,8 @@ def measure_features(run, train_set, val_set, args):
         )
         scores, about = logistic_scores(queries, x, x_labels, classes=classes, seed=args.seed)
     counts = {name: int(count) for name, count in count_correct(scores, labels).items()}
-    return as_row(counts, classes) | about  # every process has all queries: nothing to add up
+    row = as_row(counts, classes) | about  # every process has all queries: nothing to add up
+    return row | {"chance": 100 / classes}
 
 
 # ==================================================================================================
@@ -643,6 +645,12 @@ def build_data(args):
     kept = data.choose_images(val_source.targets, seed=args.seed, limit=limit)
     val_set = data.LabelledSet(val_source, kept.tolist(), augment=False, **common)
     args = argparse.Namespace(**vars(args) | {"classes": list(val_source.classes)})
+    shown, asked = ({part.source.targets[i] for i in part.indices} for part in (train_set, val_set))
+    if unseen := sorted(asked - shown):
+        say(
+            f"no training image of {len(unseen)} classes with validation images, such as "
+            f"{args.classes[unseen[0]]}: these cannot be named"
+        )
     return train_set, val_set, args
 
 
@@ -820,11 +828,14 @@ def run_task(args, device):
         row = run.evaluate(run, shard(val_set, args), [], args)
         train.write_row(row)
     elif args.task in ONCE:
-        out = Path(args.out)
         if is_main():
-            train.start_output(out, 0)  # a new log
+            train.open_output(Path(args.out))
         row = measure_features(run, train_set, val_set, args)
-        train.write_row({"epoch": 0, "training_images": len(train_set), **row}, out)
+        kept = ("task", "checkpoint", "data", "seed", "pool")
+        kept += ("k", "temperature", "whiten") if args.task == "knn" else ()
+        about = {"epoch": 0, "training_images": len(train_set)} | {k: vars(args)[k] for k in kept}
+        train.write_row(about | row, args.out)
+        say(f"added to {args.out}/log.jsonl")
     else:
         return train_network(run, train_set, val_set, args)
     return 0, row[run.score]

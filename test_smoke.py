@@ -2031,7 +2031,40 @@ def test_a_run_logs_each_epoch_once_and_even_epochs_have_feature_terms():
         fields = {"lr", "pixel", "adversarial", "d_accuracy_real", "images_per_second"}
         assert fields <= rows[0].keys()
         pictures = sorted(p.name for p in (out / "pictures").iterdir())
-        assert pictures == ["curves.png", *(f"epoch_000{n}.png" for n in (1, 2, 4))]
+        drawn = [f"epoch_000{n}.png" for n in (1, 2, 4)]
+        assert pictures == ["curves.png", *drawn, "stopped.png"]
+
+
+def test_a_run_notes_its_steps_and_what_was_started():
+    """steps.jsonl has a line a minute, arguments.jsonl one a start; logs end where it goes on."""
+    with scratch() as out, mock.patch.object(train, "NOTE_SECONDS", 1e-9):
+        flags = [*FAST, "--limit-images", 16, "--out", out, "--lr", 1e-3, "--warmup-epochs", 0]
+        assert command(*flags, "--epochs", 2, "--save-steps", 4, "--steps", 6)[0] == 0
+        rows = data.read_log(out / "steps.jsonl")
+        assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+        close(rows[0]["lr"], 1e-3, 1e-9)
+        assert rows[3]["epoch"] == 1 and rows[4]["epoch"] == 2 and rows[0]["pixel"] > 0
+        assert rows[0]["images_per_second"] > 0 and rows[5]["left"] == "0 s"
+        assert (out / "pictures" / "stopped.png").exists()
+        weights = torch.load(out / "checkpoint.pt", weights_only=True)
+        assert command(*flags, "--epochs", 2)[0] == 0
+        assert [row["step"] for row in data.read_log(out / "steps.jsonl")] == list(range(1, 9))
+        first, second = data.read_log(out / "arguments.jsonl")
+        assert first["arguments"]["steps"] == 6 and second["arguments"]["steps"] is None
+        assert first["torch"] == torch.__version__ and first["device"] == "cpu"
+        # What another run leaves behind is kept, and its lines are not.
+        kept = (out / "checkpoint.pt").read_bytes()
+        assert command(*flags, "--epochs", 1, "--resume", "off")[0] == 0
+        assert (out / "checkpoint.old.pt").read_bytes() == kept
+        assert [row["step"] for row in data.read_log(out / "steps.jsonl")] == [1, 2, 3, 4]
+        assert len(log_of(out)) == 1 and weights["progress"]["step"] == 6
+    for name, epochs, expected in ((None, 60, [1, 2, 5, 10, 20, 50, 60]), (25, 60, [25, 50, 60])):
+        args = SimpleNamespace(picture_every=name, epochs=epochs)
+        assert [n for n in range(1, 61) if train.picture_is_due(n, args)] == expected
+    for seconds, said in ((30, "15 s"), (1200, "10 min"), (36000, "5.0 h")):
+        progress = {"step": 5, "seconds": seconds, "epoch_step": 10}
+        args = SimpleNamespace(epochs=5, steps=10)
+        assert train.time_left(progress, 20, args) == said, said
 
 
 def test_every_row_stopped_in_mid_epoch_continues_bit_for_bit():
@@ -2218,8 +2251,10 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint_as_it_was()
         for name, *more in (("checkpoint",), ("log",), ("log", "--resume", "off")):
             (out / f"{name}.tmp").symlink_to("/dev/full")
             written = "checkpoint.pt" if name == "checkpoint" else f"{out}"
-            refused(*flags, "--epochs", 2, *more, names=["cannot write", written, "space"])
-            assert (out / "checkpoint.pt").read_bytes() == before
+            names = ["cannot write", written, "space"] + ["MB are free"] * (written[-3:] == ".pt")
+            refused(*flags, "--epochs", 2, *more, names=names)
+            last = out / ("checkpoint.old.pt" if more else "checkpoint.pt")
+            assert last.read_bytes() == before
             assert not (out / "checkpoint.tmp").is_symlink()
             (out / f"{name}.tmp").unlink(missing_ok=True)
 
@@ -2958,7 +2993,11 @@ def test_logistic_regression_takes_the_token_that_suits_held_out_images():
         assert tune(*flags, "--pool", "auto", "--out", root)[0] == 0
         [row] = log_of(root)
         assert tune(*flags, "--pool", row["pool"], "--out", root)[0] == 0
-        assert log_of(root) == [row]
+        assert log_of(root) == [row, row | {"pool": row["pool"]}]  # results are never lost
+        assert row["task"] == "logistic" and row["data"] == "shapes" and row["chance"] == 10
+        assert tune(*flags, "--task", "knn", "--k", 7, "--out", root)[0] == 0
+        *_, last = log_of(root)
+        assert len(log_of(root)) == 3 and last["k"] == 7 and last["whiten"] is False
     tune_refused(*flags, "--task", "knn", "--pool", "auto", names=["--pool auto", "logistic"])
 
 

@@ -10,9 +10,9 @@ below stand processes and precision, construction, data, checkpoints, validation
 The losses are in losses.py, the networks in model.py, the images in data.py; finetune.py says what
 the encoder is worth.
 
-Writes to OUT: checkpoint.pt, log.jsonl (one JSON object per epoch) and pictures/. Run the same
-command again after any interruption and it continues where the checkpoint was saved (--demo starts
-anew).
+Writes to OUT: checkpoint.pt, pictures/, log.jsonl (a JSON object per epoch), steps.jsonl (about one
+per minute) and arguments.jsonl (one per start: what ran). Run the same command again after any
+interruption and it continues where the checkpoint was saved (--demo starts anew).
 """
 
 import argparse
@@ -21,8 +21,10 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 import warnings
@@ -320,7 +322,8 @@ def pretrain(args, device):
             # 1. Learning rates of both players; one schedule, two peaks.
             position = (epoch - 1) * sampler.steps + progress["epoch_step"]
             warmup, total = args.warmup_epochs * sampler.steps, args.epochs * sampler.steps
-            set_rate(run.opt_g, learning_rate(position, warmup, total, args.lr))
+            lr = learning_rate(position, warmup, total, args.lr)
+            set_rate(run.opt_g, lr)
             if run.disc is not None:
                 set_rate(run.opt_d, learning_rate(position, warmup, total, args.d_lr))
 
@@ -339,7 +342,7 @@ def pretrain(args, device):
                 run.ada.update(means["d_accuracy_real"], images_per_step(args))
 
             # 5. Count the step, and save where it is time for it.
-            clock = book_step(progress, means, finite, clock, bar, args)
+            clock = book_step(progress, means, finite, lr, clock, bar, args)
             stopping = stopping or progress["step"] == args.steps
             ended = progress["epoch_step"] == sampler.steps
             due = save_is_due(progress, stopping, args)
@@ -350,10 +353,11 @@ def pretrain(args, device):
 
         bar.close()
         if ended:
-            lr = run.opt_g.param_groups[0]["lr"]
             finish_epoch(run, progress, lr, validation_part, args)  # measures, logs, draws
             if due or epoch % args.save_every == 0 or epoch == args.epochs:
                 save_checkpoint(Path(args.out) / "checkpoint.pt", run, progress, args)
+    if stopping and not ended:
+        draw_samples("stopped", run, validation_part, args)
     say(ending(stopping, progress, args))
     return stop["signal"]
 
@@ -877,8 +881,19 @@ def save_checkpoint(path, run, progress, args):
     except (OSError, RuntimeError) as error:  # torch's writer raises the second on a full disk
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        fail(f"cannot write {path} ({reason}); the last good one is untouched")
+        reason, free = str(error).splitlines()[0], shutil.disk_usage(path.parent).free
+        fail(
+            f"cannot write {path} ({reason}): it takes {bytes_in(checkpoint) / 1e6:.0f} MB, "
+            f"{free / 1e6:.0f} MB are free; the last good one is untouched"
+        )
+
+
+def bytes_in(value):
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, dict) else value
+    return sum(map(bytes_in, parts)) if isinstance(value, (dict, list, tuple)) else 0
 
 
 def save_is_due(progress, stopping, args):
@@ -898,7 +913,11 @@ def open_run(run, train_set, args):
     if steps != world_size() * progress["step"]:
         fail(f"the nodes disagree on {out}/checkpoint.pt: put --out on a disk that they share")
     if is_main() and not finished(progress, args):
-        start_output(out, progress["epoch"])
+        open_output(out)
+        trim_logs(out, progress)
+        if args.resume != "auto":
+            keep_old_checkpoint(out, args)
+        write_arguments(out, run, args)
         size, count = args.image_size, f"{layout['training images']} training images"
         count += f" of {size} x {size} px, {images_per_step(args)} per step"
         if len(train_set) != layout["training images"]:
@@ -997,6 +1016,7 @@ def ending(stopping, progress, args):
 
 MAX_NONFINITE = 10  # non-finite losses in a row before the run stops
 MAX_SKIPPED = 30  # updates in a row that fp16 skipped, likewise
+NOTE_SECONDS = 60  # between two lines on steps
 
 
 def agree(run, terms, batches, signalled, progress, dataset):
@@ -1042,19 +1062,19 @@ def progress_bar(sampler, args):
         initial=sampler.start * images_per_step(args),
         total=sampler.steps * images_per_step(args),
         unit="images",
-        dynamic_ncols=True,
+        ncols=80,
+        bar_format="{desc} {percentage:3.0f} %|{bar}| {rate_fmt}{postfix}",
         disable=None if is_main() else True,
     )
 
 
-def book_step(progress, means, finite, clock, bar, args):
+def book_step(progress, means, finite, lr, clock, bar, args):
     """Count a step, in `progress` and on the bar -> the time now, when the next one begins.
 
-    means: {name: float}. finite: are they all, or was no update made?
+    means: {name: float}. finite: are they all, or was no update made? About once a minute the step
+    is logged, too.
     """
     now = time.perf_counter()
-    if is_main() and now // 60 != clock // 60:
-        renew_lock(args.out)
     progress["step"] += 1
     progress["epoch_step"] += 1
     progress["seconds"] += now - clock
@@ -1063,11 +1083,36 @@ def book_step(progress, means, finite, clock, bar, args):
     if finite:
         for name, value in means.items():
             progress["sums"][name] = progress["sums"].get(name, 0.0) + value
+    left = time_left(progress, bar.total // images_per_step(args), args)
     bar.update(images_per_step(args))
-    bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
+    name = "pixel" if "pixel" in means else next(iter(means))
+    bar.set_postfix_str(f"{name} {means[name]:.3g}, {left} left")
+    if is_main() and now // NOTE_SECONDS != clock // NOTE_SECONDS:
+        renew_lock(args.out)
+        write_step(progress, means, lr, left, args)
     give_up_if_it_diverges(progress, means, finite, args)
     give_up_if_nothing_is_updated(progress, means, args)
     return now
+
+
+def time_left(progress, steps, args):
+    """Until training ends, by this epoch's speed, such as "3.4 h". steps: of an epoch."""
+    total = min(steps * args.epochs, args.steps or math.inf)
+    seconds = (total - progress["step"]) * progress["seconds"] / progress["epoch_step"]
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def write_step(progress, means, lr, left, args):
+    """A step's values as a line of OUT/steps.jsonl, and of output that is no terminal."""
+    speed = progress["epoch_step"] * images_per_step(args) / progress["seconds"]
+    row = {"step": progress["step"], "epoch": progress["epoch"], **means, "lr": lr}
+    row = rounded(row | {"images_per_second": speed, "left": left})
+    with writing(Path(args.out) / "steps.jsonl"), open(Path(args.out) / "steps.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    if not sys.stdout.isatty():
+        say(as_line(row))
 
 
 def give_up_if_it_diverges(progress, means, finite, args):
@@ -1099,15 +1144,48 @@ def give_up_if_nothing_is_updated(progress, means, args):
             )
 
 
-def start_output(out, epoch):
-    """Make the folder, this run's alone; keep the log's lines of the epochs before `epoch`."""
+def open_output(out):
+    """Make the folder of results, this run's alone."""
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         lock_output(out)
-        log = out / "log.jsonl"
-        kept = [json.dumps(row) + "\n" for row in data.read_log(log) if row["epoch"] < epoch]
-        log.with_suffix(".tmp").write_text("".join(kept))
-        os.replace(log.with_suffix(".tmp"), log)
+
+
+def trim_logs(out, progress):
+    """Keep the logs' lines up to where `progress` stands."""
+    with writing(out):
+        for name, what, end in (
+            ("log.jsonl", "epoch", progress["epoch"]),
+            ("steps.jsonl", "step", progress["step"] + 1),
+        ):
+            log = out / name
+            kept = [json.dumps(row) + "\n" for row in data.read_log(log) if row[what] < end]
+            log.with_suffix(".tmp").write_text("".join(kept))
+            os.replace(log.with_suffix(".tmp"), log)
+
+
+def keep_old_checkpoint(out, args):
+    """Rename a checkpoint in OUT that this run does not continue, since it will write its own."""
+    path, old = out / "checkpoint.pt", out / "checkpoint.old.pt"
+    if path.exists() and path.resolve() != Path(args.resume).resolve():
+        with writing(out):
+            os.replace(path, old)
+        say(f"{path}, which this run does not continue, is now {old}")
+
+
+def write_arguments(out, run, args):
+    """Add a line to OUT/arguments.jsonl: what was started, with what, of this code and torch."""
+    git = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git here
+        commit = ""
+    row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "script": run.script, "commit": commit}
+    row |= {"torch": torch.__version__, "device": str(run.device), "processes": world_size()}
+    if run.device.type == "cuda":
+        row["device"] = torch.cuda.get_device_name(run.device)
+    with writing(out / "arguments.jsonl"), open(out / "arguments.jsonl", "a") as file:
+        file.write(json.dumps(row | {"arguments": vars(args)}) + "\n")
 
 
 def epoch_row(progress, lr, args):
@@ -1121,11 +1199,21 @@ def epoch_row(progress, lr, args):
 
 def write_row(row, out=None):
     """Print a row of results, after adding it to OUT/log.jsonl if `out` is given."""
-    row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+    row = rounded(row)
     if out is not None and is_main():
         with writing(Path(out) / "log.jsonl"), open(Path(out) / "log.jsonl", "a") as log:
             log.write(json.dumps(row) + "\n")
-    say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    say(as_line(row))
+
+
+def rounded(row):
+    """A row's numbers with six digits."""
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+
+
+def as_line(row):
+    """A row in words: name and value, four digits."""
+    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
 
 
 def next_epoch(progress):
@@ -1157,14 +1245,30 @@ def finish_epoch(run, progress, lr, validation_part, args):
             f"(psnr_mean_fill): try more than {progress['step']} steps, or another --lr than "
             f"{args.lr:.2g}"
         )
-    if is_main() and (epoch % args.picture_every == 0 or epoch == last):
-        picture = Path(args.out) / "pictures" / f"epoch_{epoch:04d}.png"
+    if picture_is_due(epoch, args):
+        draw_samples(f"epoch_{epoch:04d}", run, validation_part, args)
+    next_epoch(progress)
+
+
+def picture_is_due(epoch, args):
+    """Draw after this epoch? By --picture-every, or 1, 2, 5, 10, 20, 50, ...; and the last."""
+    if epoch == args.epochs:
+        return True
+    if args.picture_every:
+        return epoch % args.picture_every == 0
+    return str(epoch).rstrip("0") in ("1", "2", "5")
+
+
+def draw_samples(name, run, validation_part, args):
+    """OUT/pictures/NAME.png, of the first validation images, and curves.png, of the log."""
+    images, mask_noise, _ = validation_part
+    picture = Path(args.out) / "pictures" / f"{name}.png"
+    if is_main():
         with writing(picture):
             picture.parent.mkdir(exist_ok=True)
             whole = LOSSES[args.loss]["pixel"] != "mse"
             draw_reconstructions(picture, run, images[:8], mask_noise[:8], args, whole)
             data.draw_curves(picture.parent / "curves.png", Path(args.out) / "log.jsonl")
-    next_epoch(progress)
 
 
 def read_validation_part(dataset, rank, world):
@@ -1409,7 +1513,7 @@ def build_parser():
         "the run",
         ("--out", str, None, "folder for everything written; None = runs/LOSS"),
         *RUN_FLAGS,
-        ("--picture-every", COUNT, 10, "epochs between pictures"),
+        ("--picture-every", COUNT, None, "epochs between pictures; None = 1, 2, 5, 10, 20, ..."),
     )
     return parser
 

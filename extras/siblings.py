@@ -598,8 +598,7 @@ def evaluate(run, loader, known, args):
     row = {name: value / count for name, value in sums.items()}
     if args.norm_pix_loss:
         row["psnr_uses_true_patch_statistics"] = True
-    due = run.epoch % args.picture_every == 0 or run.epoch == args.epochs
-    if paints and due and is_main():
+    if paints and train.picture_is_due(run.epoch, args) and is_main():
         picture = Path(args.out) / "pictures" / f"epoch_{run.epoch:04d}.png"
         samples = [loader.dataset[0, i] for i in range(min(8, len(loader.dataset)))]
         images, mask_noise, *_ = data.collate(samples)
