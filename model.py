@@ -91,6 +91,18 @@ def check_size(images, side):
         raise ValueError(f"images of {list(images.shape[2:])} for a network of {side} px squares")
 
 
+def check_pyramid(images, side):
+    """ValueError if images are no list of scales, finest first, of side x side pixels."""
+    if isinstance(images, torch.Tensor):
+        raise ValueError("give a list of images by scale, finest first: [images] for one scale")
+    check_size(images[0], side)
+
+
+def finest(images):
+    """Images (B, 3, H, W), or a list of scales as discriminators take it -> the finest alone."""
+    return images if isinstance(images, torch.Tensor) else images[0]
+
+
 def check_name(size):
     """ValueError for a size that is not in MAE_SIZES."""
     if size not in MAE_SIZES:
@@ -508,7 +520,7 @@ class ConvDiscriminator(nn.Module):
 
         Returns (logits (B,), feature maps phi^1..phi^J, each (B, C_j, h_j, w_j)).
         """
-        check_size(images[0], self.image_size)
+        check_pyramid(images, self.image_size)
         x = images[0] * 2 - 1
         features = []
         for layer in self.layers:
@@ -619,7 +631,7 @@ class MSGDiscriminator(nn.Module):
         PAPER SILENT: which of D's layers are phi. The map at the end of each block, before the
         next smaller image is concatenated to it.
         """
-        check_size(images[0], self.image_size)
+        check_pyramid(images, self.image_size)
         images = [2 * x - 1 for x in images]  # to [-1, 1]
         rgb = [layer(x) for layer, x in zip(self.from_rgb, images, strict=True)]
         x, features = rgb[0], []
@@ -797,7 +809,7 @@ class StyleGAN2Discriminator(nn.Module):
 
         phi: see `MSGDiscriminator.forward`.
         """
-        check_size(images[0], self.image_size)
+        check_pyramid(images, self.image_size)
         images = [2 * x - 1 for x in images]  # to [-1, 1]
         rgb = [layer(x) for layer, x in zip(self.from_rgb, images, strict=True)]
         x, features = rgb[0], []
@@ -1009,11 +1021,17 @@ class AdaAugment:
         T = geometry_matrix(gates[:, :8], uniforms[:, :6], normals[:, :4], size)
         return T, colour_matrix(gates[:, 8:], uniforms[:, 6:], normals[:, 4:])
 
-    def __call__(self, images, T, C):
+    def __call__(self, images, T=None, C=None):
         """Images: list of (B, 3, S, S) in [0, 1] -> same shapes, float32, beyond [0, 1] at times.
 
-        Samples whose T (or C) is the identity come back bitwise as they were.
+        T, C: from `sample`; None draws them, by torch's global generator. Samples whose T (or C) is
+        the identity come back bitwise as they were. ValueError if given a tensor for a list.
         """
+        if isinstance(images, torch.Tensor):
+            raise ValueError("give a list of images by scale, finest first: [images] for one scale")
+        if T is None:
+            seeds = torch.randint(2**62, (len(images[0]),))
+            T, C = self.sample(seeds, images[0].shape[-1])
 
         def changed(matrices):  # indices (K,)
             return (matrices != torch.eye(matrices.shape[-1])).any(dim=(1, 2)).nonzero()[:, 0]
@@ -1209,11 +1227,12 @@ class DVAEEncoder(nn.Module):
     def forward(self, images):
         """Images (B, 3, H, W) in [0, 1], H and W divisible by 8 -> the outputs of the four groups.
 
-        (B, 256, H/2, W/2), (B, 512, H/4, W/4), (B, 1024, H/8, W/8), (B, 2048, H/8, W/8).
+        (B, 256, H/2, W/2), (B, 512, H/4, W/4), (B, 1024, H/8, W/8), (B, 2048, H/8, W/8). Of a list
+        of scales, which discriminators take, the finest.
         PAPER SILENT: which layers of the dVAE are phi^1..phi^J.
         """
         # 0.8 x + 0.1: what OpenAI trained it on, away from black and white.
-        x, features = self.blocks["input"](0.8 * images + 0.1), []
+        x, features = self.blocks["input"](0.8 * finest(images) + 0.1), []
         for n in range(1, 5):
             for block in self.blocks[f"group_{n}"].values():
                 x = block(x)
@@ -1235,8 +1254,11 @@ class VGGFeatures(nn.Module):
         self.features = vgg16(weights=None, init_weights=False).features[:23].requires_grad_(False)
 
     def forward(self, images):
-        """Images (B, 3, H, W) in [0, 1] -> 64, 128, 256, 512 channels at H, H/2, H/4, H/8."""
-        x, features = imagenet_normalize(images), []
+        """Images (B, 3, H, W) in [0, 1] -> 64, 128, 256, 512 channels at H, H/2, H/4, H/8.
+
+        Of a list of scales, which discriminators take, the finest.
+        """
+        x, features = imagenet_normalize(finest(images)), []
         for number, layer in enumerate(self.features):
             x = F.relu(x) if isinstance(layer, nn.ReLU) else layer(x)  # torchvision's is in place
             if number in (3, 8, 15, 22):

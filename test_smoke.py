@@ -2452,6 +2452,25 @@ def as_hugging_face(weights, newer):
     return theirs
 
 
+def test_networks_on_images_say_what_they_want_and_take_lists_of_scales():
+    image = torch.rand(2, 3, 32, 32)
+    ada = model.AdaAugment(fixed_p=1.0)
+    discs = [model.build_discriminator(kind, 32, 1, 8, 16) for kind in ("conv", "msg", "stylegan2")]
+    for network in (*discs, ada):
+        raises_value_error(network, image, says="a list of images by scale")
+    torch.manual_seed(4)
+    drawn = ada([image])[0]
+    torch.manual_seed(4)
+    seeds = torch.randint(2**62, (2,))
+    assert torch.equal(drawn, ada([image], *ada.sample(seeds, 32))[0]) and (drawn != image).any()
+    torch.manual_seed(0)
+    for phi in (model.VGGFeatures(), model.DVAEEncoder(width=8)):
+        for p in phi.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        alone, listed = phi(image), phi([image, image[:, :, ::2, ::2]])
+        assert all(map(torch.equal, alone, listed)) and len(alone) == 4
+
+
 def test_weights_are_read_by_the_names_of_other_projects():
     torch.manual_seed(0)
     mae = model.build_mae("tiny", 32, 8)

@@ -97,9 +97,9 @@ def backward(run, images, mask_noise, seeds, *, eq3_on, share, args):
     elif run.loss_network is not None:
         # PAPER: eq. 7. PAPER SILENT: of several scales, phi sees the finest alone.
         with run.autocast():
-            phi_fake = run.loss_network(fakes[0])
+            phi_fake = run.loss_network(fakes)
             with torch.no_grad():
-                phi_real = run.loss_network(images)
+                phi_real = run.loss_network(reals)
     if eq3_on:
         # PAPER: eq. 3. In eq. 6 phi is D itself: the features that it learns in order to tell
         # images from reconstructions are those which G has to match.

@@ -1,15 +1,22 @@
-"""Several seeds of several losses against each other: means, differences in pairs, a picture.
+"""Runs against each other: their curves, or several seeds of several losses with their errors.
 
-    python -m extras.compare runs/seeds
+    python -m extras.compare runs/mse runs/msg_gan_p        # curves of two runs in one picture
+    python -m extras.compare runs/mse --tensorboard         # its log as TensorBoard's events
+    python -m extras.compare runs/seeds                     # means, differences in pairs, a picture
 
-Reads the logs in FOLDER/ROW/SEED/ and below, for instance runs/seeds/mse/0/log.jsonl of train.py
---seed 0 --out runs/seeds/mse/0, and runs/seeds/mse/0/knn/log.jsonl of finetune.py --task knn. ROW
-may be any name. Prints a table, and writes compare.json and compare.png into FOLDER.
+Of runs, folders with a log.jsonl, it draws each value of their logs over the epochs, under the
+folders' names, into compare.png in the folder that holds them all.
+
+Of seeds it reads the logs in FOLDER/ROW/SEED/ and below, for instance runs/seeds/mse/0/log.jsonl
+of train.py --seed 0 --out runs/seeds/mse/0, and runs/seeds/mse/0/knn/log.jsonl of finetune.py
+--task knn. ROW may be any name. Prints a table, and writes compare.json and compare.png into
+FOLDER.
 """
 
 import argparse
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -32,7 +39,48 @@ FINE = 3  # the picture is drawn at three times its size, then averaged: no jagg
 LINE = 20  # pixels from row to row in it
 
 
-# ---- Reading -------------------------------------------------------------------------------------
+# ---- Curves of runs ------------------------------------------------------------------------------
+
+# Of a log, what is no result.
+NO_CURVE = ("epoch", "step", "lr", "seconds", "images_per_second", "bad_images", "val_images")
+
+
+def draw_runs(folders):
+    """Curves of several runs -> the picture's path. Status 2 if there is nothing to draw."""
+    parent = Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
+    charts = {}  # {value: {run: [(epoch, value), ...]}}
+    for folder in folders:
+        name = str(folder.resolve().relative_to(parent))
+        for row in data.read_log(folder / "log.jsonl"):
+            for key in [k for k in row if k not in NO_CURVE and isinstance(row[k], (int, float))]:
+                if is_score(row[key]) and not isinstance(row[key], bool):
+                    line = charts.setdefault(key, {}).setdefault(name, [])
+                    line.append((row["epoch"], row[key]))
+    if not charts:
+        fail(f"no results in {', '.join(f'{folder}/log.jsonl' for folder in folders)}")
+    epochs = [epoch for lines in charts.values() for line in lines.values() for epoch, _ in line]
+    span = ("epoch", min(epochs), max(epochs))
+    charts = {name: (*span, lines) for name, lines in charts.items()}
+    with train.writing(parent):
+        data.save_charts(parent / "compare.png", charts)
+    return parent / "compare.png"
+
+
+def write_events(folder):
+    """A run's log as TensorBoard's events, in RUN/tensorboard -> that folder."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        fail("--tensorboard needs the package tensorboard: pip install tensorboard")
+    with SummaryWriter(folder / "tensorboard") as writer:
+        for row in data.read_log(folder / "log.jsonl"):
+            for name, value in row.items():
+                if isinstance(value, (int, float)):
+                    writer.add_scalar(name, value, row["epoch"])
+    return folder / "tensorboard"
+
+
+# ---- Seeds: reading ------------------------------------------------------------------------------
 
 
 def read_runs(folder):
@@ -92,7 +140,7 @@ def summary(rows, first):
     return found
 
 
-# ---- Picture -------------------------------------------------------------------------------------
+# ---- Seeds: the picture --------------------------------------------------------------------------
 
 
 def round_ticks(low, high):
@@ -161,7 +209,7 @@ def draw_chart(draw, title, rows, lines, x0, y0, x1):
             draw.ellipse([x - radius, y - radius, x + radius, y + radius], colour)
 
 
-# ---- Comparing -----------------------------------------------------------------------------------
+# ---- Seeds: comparing ----------------------------------------------------------------------------
 
 
 def compare(folder):
@@ -210,9 +258,19 @@ def print_table(results):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Compare several seeds of several losses.")
-    parser.add_argument("folder", type=Path, help="of runs ROW/SEED/")
-    compare(parser.parse_args(argv).folder)
+    parser = argparse.ArgumentParser(
+        description="Compare runs, or several seeds of several losses."
+    )
+    parser.add_argument("folders", type=Path, nargs="+", help="runs, or one folder of ROW/SEED/")
+    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard's events")
+    args = parser.parse_args(argv)
+    first, *others = args.folders
+    if args.tensorboard:
+        say(f"done: {', '.join(str(write_events(folder)) for folder in args.folders)}")
+    elif others or (first / "log.jsonl").exists():
+        say(f"done: {draw_runs(args.folders)}")
+    else:
+        compare(first)
 
 
 if __name__ == "__main__":

@@ -494,6 +494,27 @@ def test_seeds_are_compared_by_hand_values():
         assert Image.open(root / "compare.png").width > 500
 
 
+def test_curves_of_several_runs_share_one_picture():
+    with scratch() as root, mock.patch.object(data, "save_charts") as drawn:
+        for name, values in (("mse", (15.0, 16.0)), ("sub/gan", (14.0, math.nan))):
+            (root / name).mkdir(parents=True)
+            rows = [
+                {"epoch": n, "psnr": v, "lr": 1e-3, "eq3_on": True}
+                for n, v in enumerate(values, start=3)
+            ]
+            (root / name / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        assert not compare.main([str(root / "mse"), str(root / "sub" / "gan")])
+        path, charts = drawn.call_args.args
+        assert path == root.resolve() / "compare.png"
+        lines = {"mse": [(3, 15.0), (4, 16.0)], "sub/gan": [(3, 14.0)]}
+        assert charts == {"psnr": ("epoch", 3, 4, lines)}
+        (root / "none").mkdir()
+        refused(root / "none", root / "none", names=["no results in"], script=compare)
+        with mock.patch.dict(sys.modules, {"torch.utils.tensorboard": None}):
+            names = ["needs the package tensorboard"]
+            refused(root / "mse", "--tensorboard", names=names, script=compare)
+
+
 def test_ticks_of_a_chart_are_round_and_enough():
     assert compare.round_ticks(-0.5, 4.5) == [0, 1, 2, 3, 4]
     close(compare.round_ticks(0.399, 0.427), [0.4, 0.41, 0.42], 1e-12)
