@@ -307,7 +307,10 @@ class ViT(nn.Module):
 
     def run_blocks(self, x, levels=()):
         """Embedded patches (B, K, C) with their positions -> what `encode` returns."""
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + K, C)
+        cls = self.cls_token.flatten().expand(
+            len(x), 1, -1
+        )  # flat: its gradient is contiguous, too
+        x = torch.cat([cls, x], dim=1)  # (B, 1 + K, C)
         kept = {0: x}
         for number, block in enumerate(self.blocks, start=1):
             x = block(x)

@@ -1493,7 +1493,7 @@ def test_compiled_networks_give_the_losses_of_plain_ones():
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    images, *rest = tiny_batch()
+    images, *rest = tiny_batch(2)  # path lengths: of one
     patched = mock.patch.object(torch, "compile", functools.partial(torch.compile, backend=backend))
     for flags in ([], ["--compile"]):
         with mock.patch.dict(model.MAE_SIZES, tiny=small), patched:
@@ -2450,6 +2450,16 @@ def as_hugging_face(weights, newer):
         else:
             theirs[prefix + inside[layer] + end] = value
     return theirs
+
+
+def test_gradients_have_the_strides_of_their_parameters():
+    # Where they have not, DDP warns on every start, and copies.
+    run, args = tiny_run("--loss", "stylegan2_ada_p")
+    images, *rest = tiny_batch(2)  # path lengths: of one
+    batch = ((images * 255).byte(), *rest, [])
+    train.step_gradients(run, [batch], True, train.new_progress(), args)  # path lengths, too
+    for part in (run.mae, run.disc):
+        assert all(p.grad.stride() == p.stride() for p in part.parameters() if p.requires_grad)
 
 
 def test_networks_on_images_say_what_they_want_and_take_lists_of_scales():
