@@ -496,6 +496,14 @@ def scan_folder(folder, labelled=False):
     return found
 
 
+def open_photographs(path):
+    """An image file, or all in a folder, to any depth -> `Folder`; ValueError if there are none."""
+    files = list_all_images(path) if os.path.isdir(path) else [str(path)]
+    if not files or not os.path.exists(path):
+        raise ValueError(f"{path} {'holds no images' if not files else 'does not exist'}")
+    return Folder(files, [0] * len(files), [os.path.basename(path)])
+
+
 def hold_out(source, seed):
     """Split a `Folder` without `val`: a seeded 1 %, at least 8 images, is kept for validation."""
     count = max(8, len(source) // 100)

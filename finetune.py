@@ -4,6 +4,7 @@
     python finetune.py --task linear --checkpoint runs/mse/checkpoint.pt
     torchrun --nproc_per_node=8 finetune.py --task finetune --checkpoint runs/mse/checkpoint.pt
     python finetune.py --eval --checkpoint runs/mse/finetune/best.pt
+    python finetune.py --predict photo.jpg --checkpoint runs/mse/finetune/best.pt
 
 --task linear and finetune are sec. 4 of the paper ("Fine-tuning") and Table 2; knn and logistic
 measure features computed once, without augmentation. In order: what a step minimises, the loop,
@@ -19,6 +20,7 @@ starts anew).
 """
 
 import argparse
+import json
 import math
 from functools import partial
 from itertools import islice
@@ -304,6 +306,44 @@ def evaluate_classifier(run, loader, known, args):
     network.train()
     note_unread(found, known, loader.dataset)
     return as_row(train.sum_over_processes(sums, run.device), network.head.out_features)
+
+
+@torch.no_grad()
+def predict(run, args):
+    """--predict: name what is on photographs; prints and writes OUT/predictions.jsonl, a line each.
+
+    A row: file, classes (the best five, best first) and their probabilities.
+    """
+    with train.refusals():
+        source = data.open_photographs(args.predict)
+    sizes = dict(image_size=args.image_size, seed=args.seed)
+    dataset = data.LabelledSet(source, range(len(source)), augment=False, **sizes)
+    network, rows, unread = train.unwrap(run.network).eval(), [], {}
+    number = train.rank()  # of the image, as `shard` deals them
+    for images, labels, _, bad in shard(dataset, args):
+        unread |= dict(bad)
+        with run.autocast():
+            logits = network(data.to_float(images.to(run.device)))
+        best = logits.float().softmax(dim=1).topk(min(5, len(args.classes)))
+        for label, values, classes in zip(labels, *map(torch.Tensor.tolist, best), strict=True):
+            if label >= 0:  # it could be read
+                names = [args.classes[n] for n in classes]
+                values = [round(value, 4) for value in values]
+                row = {"file": source.files[number], "classes": names, "probabilities": values}
+                rows.append((number, row))
+            number += train.world_size()
+    note_unread(unread, [], dataset)
+    if found := train.gathered_on_main(rows):
+        rows = [row for _, row in sorted(sum(found, []), key=lambda pair: pair[0])]
+        out = Path(args.out)
+        with train.writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(row) + "\n" for row in rows]
+            (out / "predictions.jsonl").write_text("".join(lines))
+        for row in rows:
+            pairs = zip(row["classes"], row["probabilities"], strict=True)
+            say(f"{row['file']}: " + ", ".join(f"{name} {p:.2f}" for name, p in pairs))
+        say(f"done: {out}/predictions.jsonl")
 
 
 def note_unread(found, known, dataset):
@@ -718,6 +758,7 @@ def build_parser():
     )
     parser.add_argument("--demo", action="store_true", help="after train.py --demo: against random")
     parser.add_argument("--eval", action="store_true", help="only measure finetune.py's checkpoint")
+    parser.add_argument("--predict", metavar="FILE|FOLDER", help="only name what is on photographs")
     train.add_flags(
         parser,
         "what to do",
@@ -789,6 +830,7 @@ def settle(args, defaults):
     For scripts that start from --checkpoint; args.task names the folder beside it. Status 2 for
     what cannot be.
     """
+    args.eval = args.eval or bool(args.predict)  # either takes a checkpoint of the script's own
     if args.checkpoint is None:
         fail("--checkpoint is missing: give a file, or none for random weights; or try --demo")
     if args.checkpoint == "none" and args.eval:
@@ -822,6 +864,9 @@ def check_parts(args, *names):
 def run_task(args, device):
     """Any --task, or --eval -> (signal that ended it or 0, top-1 in per cent)."""
     weights, args = open_checkpoint(args)
+    if args.predict:
+        predict(build_classifier_run(args, weights, device), args)
+        return 0, None
     train_set, val_set, args = build_data(args)
     run = build_classifier_run(args, weights, device)
     if args.eval:

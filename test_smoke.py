@@ -3188,6 +3188,22 @@ def test_a_probe_and_fine_tuning_learn_colours():
             row = log_of(out)[-1]
             assert row["top1"] == 100, (task, row)
             assert "top5" not in row
+            if task in ("linear", "finetune"):  # photographs without labels, to any depth
+                (folder / "photos" / "sub").mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (50, 40), "green").save(folder / "photos" / "sub" / "a.png")
+                Image.new("RGB", (40, 50), "blue").save(folder / "photos" / "b.png")
+                (folder / "photos" / "c.png").write_text("torn")
+                given = ["--checkpoint", out / "best.pt", "--workers", 0, "--predict"]
+                status, errors = tune(*given, folder / "photos")
+                assert status == 0 and "left out: " in errors and "c.png" in errors
+                rows = data.read_log(out / "predictions.jsonl")
+                assert [row["file"].split("photos/")[1] for row in rows] == ["b.png", "sub/a.png"]
+                assert [row["classes"][0] for row in rows] == ["blue", "green"]
+                for row in rows:
+                    assert set(row["classes"]) == {"red", "green", "blue"}
+                    close(sum(row["probabilities"]), 1, 1e-3)
+                    assert row["probabilities"] == sorted(row["probabilities"], reverse=True)
+                tune_refused(*given, folder / "none.png", names=["none.png does not exist"])
 
 
 CLASSIFY = ("linear", "finetune", "knn", "logistic")

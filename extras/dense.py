@@ -285,6 +285,33 @@ class DenseSet(data.PretrainSet):
         return image, target if self.augment or not bad else None, seed, bad
 
 
+class Photographs(Dataset):
+    """Images without targets, as the readers of files give scenes; see `ShapeScenes`."""
+
+    def __init__(self, files, classes):
+        self.files, self.classes = files, classes
+        self.image_ids, self.category_ids = files, range(1, len(classes) + 1)
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        return Image.open(self.files[i], formats=data.IMAGE_FORMATS), {}
+
+
+def open_photographs(args, make_set):
+    """--predict's photographs as a `DenseSet` that does not augment; see `build_data`."""
+    with train.refusals():
+        files = data.open_photographs(args.predict).files
+    common = dict(image_size=args.image_size, seed=args.seed, scales=args.scales)
+    return make_set(Photographs(files, args.classes), range(len(files)), augment=False, **common)
+
+
+def prediction_path(args, file, number):
+    """Where a photograph's picture goes, with its number: names may be equal in two folders."""
+    return Path(args.out) / "predictions" / f"{number:04d}_{Path(file).stem}.png"
+
+
 def build_data(args, make_set, open_source):
     """-> (training, validation `DenseSet`, args with `classes`, the names of the classes).
 
@@ -405,6 +432,7 @@ def build_parser(task, *, what, layout, width, scales, fits, layer_decay):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--eval", action="store_true", help="only measure this script's checkpoint")
+    parser.add_argument("--predict", metavar="FILE|FOLDER", help="only draw it for photographs")
     train.add_flags(
         parser,
         "network",

@@ -3,6 +3,7 @@
     python -m extras.detect --checkpoint runs/mse/checkpoint.pt --data path/to/coco
     torchrun --nproc_per_node=8 -m extras.detect --checkpoint runs/mse/checkpoint.pt --data ...
     python -m extras.detect --eval --checkpoint runs/mse/detect/best.pt --data path/to/coco
+    python -m extras.detect --predict photo.jpg --checkpoint runs/mse/detect/best.pt
 
 --checkpoint as in finetune.py; --data: COCO's own layout, other tools' (see `coco.find_files`), or
 shapes. In order: what a step minimises; the network; measuring; samples; pictures; the command
@@ -11,7 +12,8 @@ line. COCO's files and average precision are in coco.py, what segmentation has, 
 Writes to OUT as finetune.py does: best.pt is that of the highest box AP; log.jsonl has, in per
 cent, ap... of boxes and mask_ap... of masks, as COCO defines them (-1: no such objects). Each
 measurement, --eval's too, writes results_bbox.json and results_segm.json, in COCO's result format,
-and pictures/detections.png.
+and pictures/detections.png. --predict writes the same of photographs, with their files for image
+ids and classes counted from 1, and predictions/, a picture each.
 """
 
 from types import SimpleNamespace
@@ -24,6 +26,7 @@ from torchvision.models.detection import MaskRCNN, faster_rcnn, mask_rcnn, rpn
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, masks_to_boxes, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.transforms.v2.functional import to_pil_image
 
 import data
 import finetune
@@ -286,6 +289,30 @@ def evaluate_detector(run, loader, known, args):
     return train.of_all_processes(row)[0]
 
 
+@torch.no_grad()
+def predict(run, dataset, args):
+    """--predict: draw what is found on photographs, and write it as COCO's results."""
+    train.unwrap(run.network).eval()
+    unread, rows = {}, []
+    for batch in finetune.shard(dataset, args):
+        unread |= dict(batch[3])
+        for found, about in detect(run, batch):
+            index = about["index"]
+            file = dataset.source.files[index]
+            rows.append((index, coco.as_results(found, dataset.source, index)))
+            image, sure = data.to_rgb(dataset.source[index][0]), found["scores"] >= SURE
+            drawn = draw_objects(image, {k: v[sure] for k, v in found.items()}, args.classes)
+            path = dense.prediction_path(args, file, index)
+            with train.writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                to_pil_image(drawn).save(path)
+    finetune.note_unread(unread, [], dataset)
+    if parts := train.gathered_on_main(rows):
+        rows = sorted(sum(parts, []), key=lambda row: row[0])
+        coco.write_results(args.out, [entry for _, results in rows for entry in results])
+        train.say(f"done: {args.out}/predictions/, {args.out}/results_bbox.json, results_segm.json")
+
+
 # ---- Samples -------------------------------------------------------------------------------------
 
 
@@ -417,6 +444,11 @@ def main(argv=None):
     args = parse_args(argv)
     device = train.start_processes()
     weights, args = finetune.open_checkpoint(args, "detector", SCRIPT, keep=("width",))
+    if args.predict:
+        dataset = dense.open_photographs(args, DetectionSet)
+        predict(build_run(args, weights, device), dataset, args)
+        train.stop_processes()
+        return 0
     train_set, val_set, args = dense.build_data(args, DetectionSet, open_source)
     run = build_run(args, weights, device)
     stopped = dense.train_or_measure(run, train_set, val_set, args)

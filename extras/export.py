@@ -5,7 +5,8 @@
 
 --format mae: as published (He et al. 2022), with the decoder where it is a plain MAE's; timm: the
 encoder, for its ViTs; hf: Hugging Face transformers' ViTMAEForPreTraining, of a plain MAE. Takes
-checkpoints of train.py and extras/siblings.py. The tables of names, and reading, are model.py's.
+checkpoints of train.py and extras/siblings.py. Ends with the lines that load the file there. The
+tables of names, and reading, are model.py's.
 """
 
 import argparse
@@ -80,6 +81,47 @@ def write_weights(path, weights, names):
         raise ValueError(f"cannot write {path}: {reason}") from None
 
 
+def loading_lines(path, names, saved):
+    """Python that loads the file where it goes. saved: the checkpoint's arguments.
+
+    The networks there take ImageNet-normalised images.
+    """
+    load = f"torch.load({str(path)!r})"
+    if str(path).endswith(".safetensors"):
+        load = f"safetensors.torch.load_file({str(path)!r})"
+    elif names == "mae":
+        load += "['model']"
+    side, patch = saved["image_size"], saved["patch_size"]
+    size = model.MAE_SIZES[saved["model"]]
+    width, depth, heads = (size[k] for k in ("width", "depth", "heads"))
+    C, blocks, decoder_heads = (size[f"decoder_{k}"] for k in ("width", "depth", "heads"))
+    if names == "timm":
+        return (
+            "from timm.models import VisionTransformer\n"
+            f"vit = VisionTransformer({side}, {patch}, num_classes=0, embed_dim={width}, "
+            f"depth={depth}, num_heads={heads})\n"
+            f"vit.load_state_dict({load})"
+        )
+    if names == "hf":
+        return (
+            "from transformers import ViTMAEConfig, ViTMAEForPreTraining\n"
+            f"config = ViTMAEConfig(image_size={side}, patch_size={patch}, hidden_size={width}, "
+            f"num_hidden_layers={depth}, num_attention_heads={heads}, "
+            f"intermediate_size={4 * width}, decoder_hidden_size={C}, "
+            f"decoder_num_hidden_layers={blocks}, decoder_num_attention_heads={decoder_heads}, "
+            f"decoder_intermediate_size={4 * C}, layer_norm_eps=1e-6)\n"
+            "mae = ViTMAEForPreTraining.from_pretrained(None, config=config, "
+            f"state_dict={load})"
+        )
+    return (
+        "from models_mae import MaskedAutoencoderViT  # of the published MAE\n"
+        f"mae = MaskedAutoencoderViT({side}, {patch}, embed_dim={width}, depth={depth}, "
+        f"num_heads={heads}, decoder_embed_dim={C}, decoder_depth={blocks}, "
+        f"decoder_num_heads={decoder_heads}, norm_layer=partial(nn.LayerNorm, eps=1e-6))\n"
+        f"mae.load_state_dict({load}, strict=False)  # its decoder, too, if the file has one"
+    )
+
+
 # ---- Command line --------------------------------------------------------------------------------
 
 
@@ -109,7 +151,8 @@ def main(argv=None):
         written = to_hf(kept) if args.format == "hf" else kept
         write_weights(args.out, written, args.format)
     left_out = ", ".join(sorted({k.split(".")[0] for k in weights.keys() - kept.keys()}))
-    say(f"wrote {args.out}: {len(written)} tensors; left out: {left_out or 'none'}")
+    say(f"wrote {args.out}: {len(written)} tensors; left out: {left_out or 'none'}; to load it:")
+    say(loading_lines(args.out, args.format, checkpoint["arguments"]))
 
 
 if __name__ == "__main__":

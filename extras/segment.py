@@ -3,6 +3,7 @@
     python -m extras.segment --checkpoint runs/mse/checkpoint.pt --data path/to/ade20k
     torchrun --nproc_per_node=8 -m extras.segment --checkpoint runs/mse/checkpoint.pt --data ...
     python -m extras.segment --eval --checkpoint runs/mse/segment/best.pt --data path/to/ade20k
+    python -m extras.segment --predict photo.jpg --checkpoint runs/mse/segment/best.pt
 
 --checkpoint as in finetune.py; --data: ADE20K's own layout (see `MapScenes`; own maps whose 0 is a
 class want --unknown 255), or shapes. In order: what a step minimises; the network; measuring;
@@ -10,7 +11,8 @@ samples; files of class maps; pictures; the command line. What detection has, to
 
 Writes to OUT as finetune.py does: best.pt is that of the highest mIoU; log.jsonl has, in per cent,
 miou over the classes in truth or prediction, miou_all over all, and pixel_accuracy. Each
-measurement, --eval's too, writes pictures/segmentation.png.
+measurement, --eval's too, writes pictures/segmentation.png. --predict writes predictions/: a map of
+each photograph as PNG, with the labels that training's files had, in colours.
 """
 
 import math
@@ -221,6 +223,23 @@ def evaluate_segmenter(run, loader, known, args):
     return {name: 100 * value for name, value in row.items()} | {"val_images": sum(counts)}
 
 
+@torch.no_grad()
+def predict(run, dataset, args):
+    """--predict: write the class maps of photographs."""
+    train.unwrap(run.network).eval()
+    unread = {}
+    for batch in finetune.shard(dataset, args):
+        unread |= dict(batch[3])
+        for classes, about in segment(run, batch, args):
+            path = dense.prediction_path(args, dataset.source.files[about["index"]], about["index"])
+            with train.writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_map(path, classes, args.unknown)
+    finetune.note_unread(unread, [], dataset)
+    train.of_all_processes(None)  # all have written
+    train.say(f"done: {args.out}/predictions/")
+
+
 def confusion_matrix(prediction, target, classes):
     """(classes, classes) int64, pixels by true (row) and predicted class; sums over images add up.
 
@@ -328,6 +347,14 @@ def read_map(path, unknown):
         raise ValueError(f"{path} has mode {image.mode}, not 8 bits of grey; replace it")
     labels = np.array(image).astype(np.uint8)
     return labels - np.uint8(1) if unknown == 0 else labels  # 0 wraps around to IGNORED
+
+
+def write_map(path, classes, unknown):
+    """Classes (H, W), counted from 0 -> a PNG that `read_map` reads, each class in its colour."""
+    first = 1 if unknown == 0 else 0
+    image = Image.fromarray((classes + first).byte().numpy())
+    image.putpalette(np.concatenate([dense.class_colour(n - first) for n in range(256)]).tobytes())
+    image.save(path)
 
 
 def read_maps(paths, unknown):
@@ -476,6 +503,11 @@ def main(argv=None):
     device = train.start_processes()
     weights, args = finetune.open_checkpoint(args, "segmenter", SCRIPT, keep=("width", "unknown"))
     make_set = partial(SegmentationSet, slide=args.slide)
+    if args.predict:
+        dataset = dense.open_photographs(args, make_set)
+        predict(build_run(args, weights, device), dataset, args)
+        train.stop_processes()
+        return 0
     source = partial(open_source, unknown=args.unknown)
     train_set, val_set, args = dense.build_data(args, make_set, source)
     run = build_run(args, weights, device)

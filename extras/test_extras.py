@@ -1066,6 +1066,16 @@ def test_files_are_pictures_of_the_formats_that_their_names_may_have():
                 raise AssertionError("PostScript was opened")
 
 
+def test_class_maps_come_back_as_they_were_written_in_colours():
+    classes = torch.tensor([[0, 1, 7], [2, 0, 149]])
+    for unknown in (0, 255):
+        with scratch() as root:
+            segment.write_map(root / "map.png", classes, unknown)
+            assert (segment.read_map(root / "map.png", unknown) == classes.numpy()).all()
+            pixels = np.asarray(Image.open(root / "map.png").convert("RGB"))
+        assert (pixels[0, 1] == dense.class_colour(1)).all()
+
+
 def test_ade_scenes_read_their_files_and_refuse_what_does_not_fit():
     with scratch() as root:
         write_ade(root)
@@ -1746,6 +1756,24 @@ def test_dense_runs_stopped_in_mid_epoch_continue_bit_for_bit_and_eval_agrees():
             refused(*measured, names=[*names, other.SCRIPT], script=other)
             refused(*measured, names=[*names, "finetune.py"], script=finetune)
             refused(*measured[1:], names=["--eval measures it"], script=script)
+            # Photographs: nothing but the checkpoint and the files is needed.
+            (root / "photos" / "sub").mkdir(parents=True)
+            for name in ("a.png", "sub/a.png"):
+                FewScenes("detect")[1][0].save(root / "photos" / name)
+            given = ["--checkpoint", root / "once" / "best.pt", "--workers", 0]
+            given += ["--predict", root / "photos", "--out", root / "seen"]
+            assert command(*given, script=script)[0] == 0
+            drawn = sorted((root / "seen" / "predictions").iterdir())
+            assert [path.name for path in drawn] == ["0000_a.png", "0001_a.png"]
+            if script is detect:
+                results = json.loads((root / "seen" / "results_bbox.json").read_text())
+                assert {row["category_id"] for row in results} <= set(range(1, 11)) and results
+                assert {row["image_id"] for row in results} == {
+                    str(root / "photos" / name) for name in ("a.png", "sub/a.png")
+                }
+            else:
+                found = segment.read_map(drawn[1], 0)
+                assert found.shape == (60, 33) and found.max() < 11
 
 
 def test_two_processes_detect_and_segment_as_one_does():
