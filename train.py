@@ -698,7 +698,7 @@ def initialise(run, args):
         model.check_sizes(weights, args.init, args.model, args.patch_size)
         taken = model.load_autoencoder(unwrap(run.mae), weights, args.init)
     args.seen = [*seen_by(content), *args.seen]
-    say(f"--init {args.init}: {'; '.join([*notes, taken])}")
+    say(f"--init {args.init}: {'; '.join([*notes, 'took ' + taken])}")
 
 
 def compiled(network, args):

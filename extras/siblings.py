@@ -663,7 +663,7 @@ def initialise(network, args):
     if SIBLINGS[args.loss]["momentum"]:
         move_teacher(network, 0)  # it starts from the same weights
     args.seen = [*train.seen_by(content), *args.seen]
-    say(f"--init {args.init}: {'; '.join([*notes, taken])}")
+    say(f"--init {args.init}: {'; '.join([*notes, 'took ' + taken])}")
 
 
 def build_data(args):
