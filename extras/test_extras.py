@@ -658,6 +658,38 @@ def test_average_precision_lets_crowds_and_other_sizes_count_neither_way():
     assert ap_of([ONE], [(0.9, ONE)], area=[1e4])["ap_large"] == 1
 
 
+def test_average_precision_tells_sizes_thresholds_and_the_hundred_best():
+    def square(left, side):
+        return [left, 0, left + side, side]
+
+    # Areas: 32 x 32 is both small and medium, 96 x 96 both medium and large.
+    for side, names in ((31, "small"), (33, "medium"), (95, "medium"), (97, "large")):
+        scores = ap_of([square(0, side)], [(0.9, square(0, side))], area=[float(side**2)])
+        expected = {f"ap_{n}": 1.0 if n == names else -1.0 for n in ("small", "medium", "large")}
+        assert {k: scores[k] for k in expected} == expected, side
+    for area, names in ((32.0**2, ("small", "medium")), (96.0**2, ("medium", "large"))):
+        scores = ap_of([ONE], [(0.9, ONE)], area=[area])
+        assert {n for n in ("small", "medium", "large") if scores[f"ap_{n}"] == 1} == set(names)
+    # A wrong detection of another size counts neither way; one of this size does.
+    small, large = square(0, 10), [100, 100, 300, 300]
+    right, wrong = (0.5, small), (0.9, large)
+    scores = ap_of([small], [wrong, right])
+    close([scores["ap"], scores["ap_small"]], [0.5, 1.0], 1e-12)
+    close(ap_of([small], [(0.9, [50, 50, 60, 60]), right])["ap_small"], 0.5, 1e-12)
+    # AP75 asks for an IoU of .75: 76 % passes, 74 % does not.
+    for part, expected in ((76, 1.0), (74, 0.0)):
+        scores = ap_of([[0, 0, 100, 10]], [(0.9, [0, 0, part, 10])])
+        assert (scores["ap75"], scores["ap50"]) == (expected, 1.0)
+    # The hundred best of a class take part, in an image.
+    for others, expected in ((99, 1 / 100), (100, 0.0)):
+        found = [(0.9, FAR)] * others + [(0.1, ONE)]
+        close(ap_of([ONE], found)["ap"], expected, 1e-12)
+    # Of two detections, the better takes the object that it overlaps most.
+    near = [1, 0, 11, 10]
+    scores = ap_of([ONE, near], [(0.9, near), (0.8, ONE)])
+    assert scores["ap"] == 1
+
+
 def test_average_precision_pools_images_by_score_and_averages_classes():
     one = {"labels": torch.tensor([1]), "boxes": torch.tensor([ONE]), "scores": torch.tensor([0.5])}
     truth = {
@@ -1234,6 +1266,56 @@ def test_maps_stay_on_their_image_in_random_views():
     assert len(views) > 20  # of 40: mirrored only, where nothing is cut off
 
 
+def test_views_have_every_size_place_and_mirror_and_no_classes_beyond_the_image():
+    """Of a picture whose pixels are their own coordinates: what do 200 views show of it?"""
+    rows, columns = torch.meshgrid(torch.arange(40), torch.arange(100), indexing="ij")
+    image = torch.stack([2 * columns, 6 * rows, torch.full_like(rows, 255)]).byte()
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    labels = torch.ones(40, 100, dtype=torch.uint8)
+    target = {"masks": labels[None].bool(), "labels": torch.tensor([1])}
+    target |= {"crowd": torch.tensor([False]), "outlined": torch.tensor([True])}
+    size, low, high = 64, 0.4, 2.0
+    for task, side in (("detect", 100), ("segment", 40)):  # by the longer, or the shorter side
+        dataset = scene_set(task, [(picture, target if task == "detect" else labels)], [0] * 200)
+        dataset.image_size, dataset.scales = size, (low, high)
+        colours = set()
+        if task == "segment":  # whose colours would move the coordinates
+            image_of = dataset.random_sample
+            colours = {dataset[0, i][0].float().mean(dim=(1, 2)).numpy().tobytes() for i in (0, 1)}
+            assert len(colours) == 2 and image_of
+            dataset.distort = lambda image: image
+        ratios, mirrored, places = [], [], {"left": [], "right": [], "top": [], "bottom": []}
+        for index in range(200):
+            view, found, _, _ = dataset[1, index]
+            inside = found["masks"].any(dim=0) if task == "detect" else found != 255
+            height, width = inside.any(1).sum().item(), inside.any(0).sum().item()
+            assert inside[:height, :width].all() and inside.sum() == height * width
+            if task == "segment":  # nothing is learnt where there is no image
+                assert (found[inside] == 1).all() and set(found.unique().tolist()) <= {1, 255}
+            x, y = view[0, height // 2, :width] / 2, view[1, :height, width // 2] / 6
+            mirrored.append(bool(x[0] > x[-1]))
+            x = x.flip(0) if mirrored[-1] else x
+            ratios.append(((width - 1) / (x[-1] - x[0])).item() * side / size)
+            for name, value in zip(places, (x[0], x[-1], y[0], y[-1]), strict=True):
+                places[name].append(value.item())
+        ratios = torch.tensor(ratios)
+        assert low * 0.94 < ratios.min() < low * 1.2, (task, ratios.min())
+        assert high * 0.9 < ratios.max() < high * 1.06, (task, ratios.max())
+        assert abs((ratios < (low + high) / 2).float().mean() - 0.5) < 0.15
+        assert 0.4 < sum(mirrored) / 200 < 0.6
+        # Crops begin at either end, and in between.
+        assert min(places["left"]) < 2 and max(places["right"]) > 97, places["right"]
+        assert min(places["top"]) < 2 and max(places["bottom"]) > 37
+        cut = [a for a, b in zip(places["left"], places["right"], strict=True) if b - a < 60]
+        assert max(cut) - min(cut) > 30
+    image, starts = torch.arange(66).expand(3, 66, 66).byte(), set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        view, _ = dense.random_view(image, image[:0], size=64, ratio=1.0, fill=0)
+        starts.add(view[0, 0].min().item())
+    assert starts == {0, 1, 2}  # both ends, too
+
+
 def test_boxes_end_where_the_last_pixel_of_their_mask_ends():
     masks = torch.zeros(3, 6, 8, dtype=torch.bool)
     masks[0, 2, 3] = True
@@ -1524,6 +1606,97 @@ def test_the_segmenter_labels_pixels_and_its_losses_reach_every_parameter():
     assert network.eval()(images).shape == (1, 150, 32, 32)
 
 
+def test_the_segmenter_equals_one_that_is_written_out():
+    """UperNet (Xiao et al. 2018, Figure 4), step by step, with the layers' own weights."""
+    network = tiny_segmenter(7).eval()
+    images = tiny_batch(2)[0]
+
+    def layer(part, x):  # convolution without a bias, GroupNorm, ReLU
+        conv, norm, _ = part
+        padding = conv.kernel_size[0] // 2
+        x = F.conv2d(x, conv.weight, conv.bias, padding=padding)
+        return F.relu(F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
+
+    def grow(x, side):
+        return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
+
+    with torch.no_grad():
+        one, two, three, four = network.maps(images)
+        side = four.shape[-1]
+        pooled = [
+            grow(layer(part, F.adaptive_avg_pool2d(four, n)), side)
+            for part, n in zip(network.pooled, (1, 2, 3, 6), strict=True)
+        ]
+        top = layer(network.context, torch.cat([four, *pooled], dim=1))
+        third = layer(network.laterals[2], three) + grow(top, three.shape[-1])
+        second = layer(network.laterals[1], two) + grow(third, two.shape[-1])
+        first = layer(network.laterals[0], one) + grow(second, one.shape[-1])
+        smooth = [layer(*pair) for pair in zip(network.smooth, (first, second, third), strict=True)]
+        fine = first.shape[-1]
+        merged = torch.cat([grow(x, fine) for x in (*smooth, top)], dim=1)
+        logits = network.classify(layer(network.fuse[0], merged))
+        close(network(images), grow(logits, 32), 1e-5)
+    drops = [m.p for m in network.modules() if isinstance(m, torch.nn.Dropout2d)]
+    assert drops == [0.1, 0.1]
+    # The second head's gradient reaches the encoder, too: it has the map of one patch a cell.
+    network.train().zero_grad()
+    network(images)[1].sum().backward()
+    assert network.encoder.blocks[0].mlp.fc2.weight.grad.abs().sum() > 0
+
+
+def test_heads_have_the_published_widths():
+    """Parameters, counted from layers' sizes, of heads of 256 (Mask R-CNN) and 512 (UperNet)."""
+
+    def count(*parts):
+        return sum(p.numel() for part in parts for p in part.parameters())
+
+    with torch.device("meta"):
+        encoder = model.build_encoder("base", 1024, 16)
+        detector = detect.Detector(encoder, 80, 256)
+        segmenter = segment.Segmenter(model.build_encoder("base", 512, 16), 150, 512)
+    conv, norm = 256 * 256 * 9, 2 * 256
+    heads = detector.roi_heads
+    assert count(detector.rpn) == 2 * (conv + 256) + 3 * 257 + 12 * 257  # ViTDet's two
+    dense_layer = 256 * 49 * 1024 + 1024
+    assert count(heads.box_head) == 4 * (conv + norm) + dense_layer
+    assert count(heads.box_predictor) == 1025 * 81 + 1025 * 4 * 81
+    assert count(heads.mask_head) == 4 * (conv + norm)
+    assert count(heads.mask_predictor) == 256 * 256 * 4 + 256 + 257 * 81
+    sizes, _ = detector.rpn.anchor_generator.sizes, detector.rpn.anchor_generator.aspect_ratios
+    assert [s for (s,) in sizes] == [32, 64, 128, 256, 512]  # FPN's
+    assert set(detector.rpn.anchor_generator.aspect_ratios) == {(0.5, 1.0, 2.0)}
+    assert (heads.box_roi_pool.canonical_scale, heads.box_roi_pool.canonical_level) == (224, 4)
+    maps = segmenter.channels  # 512, 512, 768, 512
+    head = sum(c * 512 + 2 * 512 for c in maps[:3]) + 4 * (512 * 512 + 2 * 512)
+    head += 512 * 5 * 512 * 9 + 2 * 512 + 3 * (512 * 512 * 9 + 2 * 512)
+    head += 2048 * 512 * 9 + 2 * 512 + 513 * 150
+    parts = ("laterals", "pooled", "context", "smooth", "fuse", "classify")
+    assert count(*(getattr(segmenter, name) for name in parts)) == head
+    assert count(segmenter.aux, segmenter.aux_classify) == 768 * 256 * 9 + 2 * 256 + 257 * 150
+
+
+def test_a_detector_runs_under_autocast_and_its_heads_in_float32():
+    run, args = dense_run(detect, [*UNTRAINED, "--data", "shapes", "--limit-images", "4"])
+    entered, types = [], []
+
+    @contextlib.contextmanager
+    def autocast():
+        entered.append(True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            yield
+
+    run.autocast = autocast
+    batch = detect.random_batch(args)
+    run.network.encoder.register_forward_hook(lambda *_: None)
+    run.network.encoder.norm.register_forward_pre_hook(lambda m, x: types.append(x[0].dtype))
+    run.network.roi_heads.box_head.register_forward_pre_hook(lambda m, x: types.append(x[0].dtype))
+    block = run.network.encoder.blocks[0].mlp.fc1
+    block.register_forward_hook(lambda m, x, y: types.append(y.dtype))
+    images = data.to_float(batch[0])
+    detect.detection_terms(run, images, batch[1], {}, args)
+    assert entered and torch.bfloat16 in types and types[-1] == torch.float32
+
+
 def test_the_segmentation_loss_equals_a_loop_and_is_0_where_all_is_ignored():
     generator = torch.Generator().manual_seed(0)
     logits, aux = torch.randn(2, 2, 5, 3, 4, generator=generator).requires_grad_()
@@ -1719,6 +1892,21 @@ def test_encoders_load_into_detectors_and_segmenters_at_any_size():
             batch = script.random_batch(args)
             assert finetune.step_gradients(run, [batch], {"step": 0}, args)["loss"] > 0
             assert all(p.grad is not None for p in run.network.parameters())
+
+
+def test_dense_flags_reach_what_they_name():
+    for script in DENSE_SCRIPTS.values():
+        flags = [*UNTRAINED, "--data", "shapes", "--limit-images", "4", "--val-images", "2"]
+        flags += ["--batch-size", "2"]
+        _, args = dense_run(script, flags)
+        assert args.layer_decay == 1.0  # of random weights: all layers have all to learn
+        args = script.parse_args([*flags, "--scales", "0.7", "0.8"])
+        weights, args = finetune.open_checkpoint(args, "x", script.SCRIPT, keep=())
+        make = SCENE_SETS["detect" if script is detect else "segment"]
+        train_set, val_set, args = dense.build_data(args, make, script.open_source)
+        assert list(train_set.scales) == [0.7, 0.8]
+        assert len(train_set) == 4 and len(val_set) == 2 and train_set.augment
+        assert not val_set.augment and weights is None
 
 
 def test_dense_runs_stopped_in_mid_epoch_continue_bit_for_bit_and_eval_agrees():
@@ -2063,6 +2251,58 @@ def test_boot_mae_paints_from_an_early_level_and_guesses_features_from_the_last(
     assert torch.equal(again, image) and mask.sum() == 48
 
 
+def test_boot_maes_decoder_equals_one_that_is_written_out():
+    torch.manual_seed(0)
+    encoder = model.build_encoder("nano", 32, 8)
+    decoder = siblings.CrossDecoder(encoder, 48, 4, 10)
+    x, context = torch.randn(2, 5, 128), torch.randn(2, 5, 128)
+    _, ids_restore, mask = model.random_masking(torch.rand(2, 16), 0.75)
+    with torch.no_grad():
+        embedded = decoder.embed(x)
+        tokens = torch.empty(2, 17, 48)
+        tokens[:, 0] = embedded[:, 0]
+        for b in range(2):
+            for n in range(16):
+                place = ids_restore[b, n]
+                tokens[b, 1 + n] = embedded[b, 1 + place] if place < 4 else decoder.mask_token[0, 0]
+        assert (tokens[:, 1:][mask > 0] == decoder.mask_token[0, 0]).all()
+        assert decoder.mask_token.abs().max() > 0
+        tokens += model.sincos_positions(48, 4)
+        assert len(decoder.blocks) == 2
+        for block in decoder.blocks:
+            tokens = tokens + block.attn(block.norm1(tokens))
+            tokens = tokens + block.cross(block.norm_x(tokens), block.norm_context(context))
+            tokens = tokens + block.mlp(block.norm2(tokens))
+        close(decoder(x, ids_restore, context), decoder.pred(decoder.norm(tokens[:, 1:])), 1e-5)
+
+
+def test_both_views_of_r_mae_have_a_gradient():
+    # (a - b)^2 and (b - I)^2: the first view's gradient is 2 (a - b), the second's 2 (b - a) + ...
+    run, args, (images, noise, _), _ = sibling_terms("r_mae")
+    painted = []
+
+    def forward(images, mask_ratio, mask_noise):
+        first, second = (torch.rand_like(images).requires_grad_() for _ in range(2))
+        painted.extend([first, second])
+        return first, second, model.random_masking(mask_noise, mask_ratio)[2]
+
+    with mock.patch.object(run.network, "forward", forward):
+        terms = siblings.r_mae_terms(run, images, noise, {"epoch": 1}, args)
+    sum(terms.values()).backward()
+    first, second = painted
+    std = torch.tensor(model.IMAGENET_STD).view(1, 3, 1, 1)
+    _, _, mask = model.random_masking(noise, 0.75)
+    hidden = data.pixel_mask(mask, 32)
+    count = hidden.sum() * 3
+    weight = terms["disagreement"].item() / (
+        (((first - second) / std).square() * hidden).sum() / count
+    )
+    expected = 2 * weight * (first - second) / std.square() * hidden / count
+    close(first.grad, expected.detach(), 1e-6)
+    other = 2 * args.pixel_weight * (second - images) / std.square() * hidden / count
+    close(second.grad, (other - expected).detach(), 1e-6)
+
+
 def test_r_mae_sees_the_halves_that_it_should_and_compares_what_it_should():
     visible = {"complement": 12, "independent": 12, "whole": 16}
     for second, count in visible.items():
@@ -2136,6 +2376,22 @@ def test_contrast_has_its_hand_value_and_chance_is_the_logarithm_of_the_batch():
         scores = torch.stack([F.cosine_similarity(q[b, n], t[m, n], dim=0) / 0.2 for m in range(3)])
         total -= scores.log_softmax(dim=0)[b] / 12
     close(siblings.info_nce(q, t), total, 1e-6)
+
+
+def test_c_maes_heads_have_the_published_widths_and_its_mask_token_stands_for_hidden_patches():
+    first, _, last = siblings.two_layers(768)
+    assert (first.out_features, last.in_features, last.out_features) == (2048, 2048, 768)
+    torch.manual_seed(0)
+    sizes = {k: model.MAE_SIZES["nano"][k] for k in ("width", "depth", "heads")}
+    branch = siblings.ContrastBranch(grain="token", image_size=32, patch_size=8, **sizes)
+    branch.run_blocks = lambda x: (torch.cat([x[:, :1], x], dim=1), [])
+    branch.projector = torch.nn.Identity()
+    images, mask = torch.rand(2, 3, 32, 32), (torch.rand(2, 16) > 0.5).float()
+    found = branch.embed(images, mask)
+    plain = branch.patch_embed(model.imagenet_normalize(images)) + branch.pos_embed[:, 1:]
+    hidden = (branch.mask_token + branch.pos_embed[:, 1:]).expand(2, -1, -1)
+    close(found, torch.where(mask[:, :, None] > 0, hidden, plain), 1e-6)
+    assert (branch.mask_token.abs() > 0).any()
 
 
 def test_c_mae_compares_complementary_views_at_the_same_place():
@@ -2277,6 +2533,19 @@ def test_every_sibling_stopped_in_mid_epoch_continues_bit_for_bit():
             assert [row[figure] for row in once] == [row[figure] for row in twice]
 
 
+def test_the_last_epoch_is_measured_and_two_processes_share_three_images():
+    flags = [*SIBLING, "--loss", "boot_mae", "--limit-images", 4, "--val-images", 3]
+    flags += ["--epochs", 3, "--eval-every", 2]
+    with scratch() as root:
+        ranks = launch_pair("-m", "extras.siblings", *flags, "--batch-size", 2, "--out", root / "2")
+        assert command(*flags, "--out", root / "1", script=siblings)[0] == 0
+        finish(ranks)
+        one, two = log_of(root / "1"), log_of(root / "2")
+    for rows in (one, two):
+        assert ["val_loss" in row or "psnr" in row for row in rows] == [False, True, True]
+    close(one[-1]["psnr"], two[-1]["psnr"], 1e-3)
+
+
 def test_two_processes_give_the_gradients_of_one_for_every_sibling_in_two_steps():
     with scratch() as folder:
         finish(launch_pair("-m", "extras.test_extras", "--siblings", folder))
@@ -2337,6 +2606,16 @@ def test_hsic_equals_the_mean_over_quadruples_of_images():
             1e-12,
         )
         close(cka.cka_sums(x + 7, y)[0], n * slow_hsic(K, L), 1e-12)  # shifts change nothing
+
+
+def test_cka_weighs_batches_by_their_images():
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(30, 3, generator=generator).double() for _ in range(2))
+    parts = [(x[:20], y[:20]), (x[20:], y[20:])]
+    sums = sum(cka.cka_sums(*part) for part in parts)
+    of = [[slow_hsic(a @ a.T, b @ b.T) for a, b in ((p, q), (p, p), (q, q))] for p, q in parts]
+    both, own, other = (20 * a + 10 * b for a, b in zip(*of, strict=True))
+    close(cka.cka(sums), both / (own * other) ** 0.5, 1e-9)
 
 
 def test_cka_is_1_of_features_turned_shifted_and_scaled_and_0_of_unrelated_ones():
