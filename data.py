@@ -118,6 +118,24 @@ def resized_crop(image, box, size):
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
+def read_photograph(path, size):
+    """An image file -> its centre, (1, 3, size, size) in [0, 1], as networks take it."""
+    with Image.open(path, formats=IMAGE_FORMATS) as image:
+        return to_float(v2.functional.pil_to_tensor(centre_square(image, size)))[None]
+
+
+def centre_square(image, size, part=1.0):
+    """The centre of a PIL image, resized to (size, size).
+
+    part: of its shorter side, or all of it where that leaves fewer pixels than `size`.
+    """
+    width, height = upright_size(image)
+    shorter = min(width, height)
+    side = min(shorter, max(size, part * shorter))
+    left, top = (width - side) / 2, (height - side) / 2
+    return resized_crop(image, (left, top, left + side, top + side), size)
+
+
 def to_float(images):
     """uint8 of any shape -> float32 in [0, 1]."""
     return images.float() / 255
@@ -678,10 +696,7 @@ class PretrainSet(Dataset):
             )
             box = (left, top, left + w, top + h)
             return self.flip(resized_crop(image, box, self.image_size))
-        shorter = min(width, height)
-        side = min(shorter, max(self.image_size, self.centre * shorter))
-        left, top = (width - side) / 2, (height - side) / 2
-        return resized_crop(image, (left, top, left + side, top + side), self.image_size)
+        return centre_square(image, self.image_size, self.centre)
 
 
 class LabelledSet(PretrainSet):

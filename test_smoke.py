@@ -2527,6 +2527,17 @@ def test_an_encoder_under_a_prefix_or_without_its_norm_is_taken_and_that_is_said
     assert "its norm is new" in notes[0] and "fc_norm.weight" in notes[1] and "head" in notes[1]
 
 
+def test_a_photograph_is_read_as_its_upright_centre():
+    columns = np.arange(60, dtype=np.uint8)[None, :, None].repeat(20, 0).repeat(3, 2)
+    with scratch() as root:
+        exif = Image.Exif()
+        exif[data.EXIF_ORIENTATION] = 3  # upside down: the right comes first
+        Image.fromarray(columns).save(root / "photo.png", exif=exif)
+        found = data.read_photograph(root / "photo.png", 20)
+    assert found.shape == (1, 3, 20, 20) and found.dtype == torch.float32
+    close(found[0, 0, 7] * 255, torch.arange(39.0, 19, -1), 1e-4)
+
+
 def test_networks_are_built_from_files_alone_with_the_sizes_of_their_weights():
     torch.manual_seed(3)
     images = torch.rand(2, 3, 32, 32)
@@ -3333,9 +3344,9 @@ def test_a_gpu_gives_the_gradients_of_the_cpu_scales_fp16_and_goes_on_where_it_s
 
 def test_every_name_in_the_readmes_map_of_the_paper_exists():
     text = Path(__file__).with_name("README.md").read_text()
-    maps = [text.split(title)[1].split("\n\n")[0] for title in ("\nPaper | Here\n", "stands\n")]
+    rows = text.split("\nPaper | Here\n")[1].split("\n\n")[0].splitlines()
     missing, count, here = [], 0, Path(__file__).parent
-    for row in "\n".join(maps).splitlines():
+    for row in rows:
         module = None  # `file.py` `name`, `Class.method`, ...: names are of the file before them
         for name in re.findall("`([^`]+)`", row.rpartition(" | ")[2]):
             if name.startswith("extras/") and not (here / "extras").is_dir():

@@ -16,6 +16,17 @@ reconstruction.png (Figure 2), attention.png (Figure 3), and of several checkpoi
 attention_NAME.png each. IS and FID need a network's weights: published FIDs those of
 --inception-weights pt_inception-2015-12-05-6726825d.pth; torchvision's, the default, are
 downloaded. In order: where CLS looks, IS and FID, Inception, the measuring, the pictures.
+
+README's picture of five losses:
+
+    ROWS="mse ms_ssim ls_gan_p msg_gan_p stylegan2_ada_p"
+    for ROW in $ROWS; do
+        python train.py --loss $ROW --out runs/figure2/$ROW --model nano --data shapes-large \\
+            --image-size 48 --patch-size 4 --limit-images 10000 --epochs 10 --batch-size 32 \\
+            --lr 2e-3 --warmup-epochs 1 --jitter 0 --crop-min 0.5
+    done
+    python -m extras.reconstruct --data shapes-large --val-images 1000 --inception-weights none \\
+        --checkpoint $(for ROW in $ROWS; do echo runs/figure2/$ROW/checkpoint.pt; done)
 """
 
 import argparse
