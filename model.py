@@ -1585,7 +1585,7 @@ def strip_prefix(weights, path):
     """Weights all of whose encoder lies under one prefix, as wrappers give it -> (weights without
     it, the prefix). ValueError if there are several encoders.
     """
-    found = [re.fullmatch(r"(.*?)((vit\.)?embeddings\.)?cls_token", name) for name in weights]
+    found = [re.fullmatch(r"(|.*?\.)((vit\.)?embeddings\.)?cls_token", name) for name in weights]
     prefixes = sorted({match[1] for match in found if match})
     if len(prefixes) > 1 and "" not in prefixes:
         raise ValueError(
