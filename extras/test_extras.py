@@ -933,6 +933,16 @@ def test_coco_files_of_other_tools_are_read():
         write_coco(root, content)
         scenes = coco.CocoScenes(root, "train")
         target = scenes[1][1]
+        content["annotations"] = [*boxes, boxes[1] | {"image_id": 4, "category_id": 90}]
+        content["annotations"].insert(0, boxes[2] | {"image_id": 4})
+        content["annotations"].remove(boxes[0])
+        write_coco(root, content)
+        mixed = coco.CocoScenes(root, "train")  # annotations of both images, in no order
+        assert [mixed[i][1]["labels"].tolist() for i in (0, 1)] == [[1, 2], [1, 1]]
+        assert "warning" not in mixed.note  # 1 of 5 is left out
+        content["annotations"].pop(0)
+        write_coco(root, content)
+        assert "; warning: 1 left out" in coco.CocoScenes(root, "train").note  # 1 of 4
         content["annotations"] = boxes[-1:]
         write_coco(root, content)
         nothing = coco.CocoScenes(root, "train").note
@@ -951,6 +961,8 @@ def test_coco_files_of_other_tools_are_read():
     expected = torch.zeros(3, 8, 12, dtype=torch.bool)
     expected[0, 1:4, 3:7] = expected[1:, 1:4, 2:6] = True
     assert torch.equal(target["masks"][2:], expected)
+    for box in ([2, 1.2, 6, 1.3], [2.1, 1, 2.2, 6], [11.8, 7.9, 12, 8]):  # under a pixel
+        assert coco.box_to_mask(box, 8, 12).any()
 
 
 def test_coco_files_beside_their_images_or_one_file_for_all_are_found():
