@@ -2052,6 +2052,8 @@ def test_a_run_notes_its_steps_and_what_was_started():
         first, second = data.read_log(out / "arguments.jsonl")
         assert first["arguments"]["steps"] == 6 and second["arguments"]["steps"] is None
         assert first["torch"] == torch.__version__ and first["device"] == "cpu"
+        own = ["--epochs", 3, "--steps", 9, "--resume", out / "checkpoint.pt"]
+        assert command(*flags, *own)[0] == 0 and not (out / "checkpoint.old.pt").exists()
         # What another run leaves behind is kept, and its lines are not.
         kept = (out / "checkpoint.pt").read_bytes()
         assert command(*flags, "--epochs", 1, "--resume", "off")[0] == 0
@@ -3211,6 +3213,9 @@ def test_a_probe_and_fine_tuning_learn_colours():
                 rows = data.read_log(out / "predictions.jsonl")
                 assert [row["file"].split("photos/")[1] for row in rows] == ["b.png", "sub/a.png"]
                 assert [row["classes"][0] for row in rows] == ["blue", "green"]
+                with mock.patch.multiple(train, rank=lambda: 0, world_size=lambda: 2):
+                    assert tune(*given, folder / "photos")[0] == 0  # every other one
+                assert data.read_log(out / "predictions.jsonl") == rows
                 for row in rows:
                     assert set(row["classes"]) == {"red", "green", "blue"}
                     close(sum(row["probabilities"]), 1, 1e-3)

@@ -896,7 +896,10 @@ def test_coco_scenes_refuse_what_does_not_fit_in_one_line():
             message = scenes_refused(detect, root)
             assert words in message and str(root / "annotations") in message, message
     # Drawn pixel by pixel, a corner so far away would take gigabytes.
-    far = [[1, 2, 4, 2, 1e7, 6]]
+    far, near = [[1, 2, 4, 2, 121, 6]], [[1, 2, 4, 2, 119, 6]]  # of 10 times 12 px
+    with scratch() as root:
+        write_coco(root, changed("annotations", segmentation=near))
+        assert len(coco.CocoScenes(root, "train")) == 2
     for key, values, words in (
         ("annotations", dict(segmentation=far), "annotation 1 has corners more than 10 sides away"),
         ("annotations", dict(bbox=[5, 5, -3, 2]), "annotation 1 has a box of width and height"),
@@ -1242,6 +1245,13 @@ def test_dense_samples_depend_on_seed_epoch_and_index_alone():
         assert images.shape == (6, 3, 32, 32) and images.dtype == torch.uint8 and not bad
         shape = targets.shape if task == "segment" else len(targets)
         assert shape == ((6, 32, 32) if task == "segment" else 6)
+
+
+def test_loaders_hold_few_scenes_and_end_after_measuring():
+    for augment in (True, False):
+        dataset = scene_set("segment", FewScenes("segment"), range(4), augment=augment)
+        loader = data.build_loader(dataset, [(0, 0)], batch_size=1, workers=1)
+        assert (loader.prefetch_factor, loader.persistent_workers) == (2, augment)
 
 
 def test_colours_are_jittered_as_strongly_as_said():
