@@ -982,7 +982,8 @@ def save_charts(path, charts, *, across=3, bounds=None, legend=False):
                 )
                 for x, value in points
             ]
-            draw.line(line, colour, 2 * fine, joint="curve")
+            if line:  # a run may lack what another has
+                draw.line(line, colour, 2 * fine, joint="curve")
             for x, y in line if len(line) <= 20 else []:
                 radius = 2.5 * fine
                 draw.ellipse([x - radius, y - radius, x + radius, y + radius], colour)

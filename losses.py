@@ -336,8 +336,8 @@ def path_lengths(outputs, z, slopes):
 def path_length_penalty(lengths, mean):
     """Penalty mean((a / mean - 1)^2) on lengths a (B,) away from their running mean (detached).
 
-    PAPER SILENT: its scale. Relative to the mean, because the size of a depends on the number of
-    tokens and on D's features; StyleGAN2 penalises the absolute (a - mean)^2.
+    PAPER SILENT: its scale. Relative to the mean, a number without a unit, because the size of a
+    depends on the number of tokens and on D's features; StyleGAN2 penalises (a - mean)^2.
     """
     return (lengths / mean - 1).square().mean()
 

@@ -58,6 +58,7 @@ LINE = 20  # pixels from row to row in it
 
 # Of a log, what is no result.
 NO_CURVE = ("epoch", "step", "lr", "seconds", "images_per_second", "bad_images", "val_images")
+NO_CURVE += ("training_images", "chance", "seed", "k", "temperature")
 
 
 def draw_runs(folders):
@@ -75,9 +76,13 @@ def draw_runs(folders):
         fail(f"no results in {', '.join(f'{folder}/log.jsonl' for folder in folders)}")
     epochs = [epoch for lines in charts.values() for line in lines.values() for epoch, _ in line]
     span = ("epoch", min(epochs), max(epochs))
-    charts = {name: (*span, lines) for name, lines in charts.items()}
+    names = list(dict.fromkeys(name for lines in charts.values() for name in lines))
+    charts = {
+        title: (*span, {name: lines.get(name, []) for name in names})  # each in its own colour
+        for title, lines in charts.items()
+    }
     with train.writing(parent):
-        data.save_charts(parent / "compare.png", charts)
+        data.save_charts(parent / "compare.png", charts, legend=True)
     return parent / "compare.png"
 
 

@@ -495,6 +495,7 @@ def test_seeds_are_compared_by_hand_values():
 
 
 def test_curves_of_several_runs_share_one_picture():
+    real = data.save_charts
     with scratch() as root, mock.patch.object(data, "save_charts") as drawn:
         for name, values in (("mse", (15.0, 16.0)), ("sub/gan", (14.0, math.nan))):
             (root / name).mkdir(parents=True)
@@ -502,12 +503,16 @@ def test_curves_of_several_runs_share_one_picture():
                 {"epoch": n, "psnr": v, "lr": 1e-3, "eq3_on": True}
                 for n, v in enumerate(values, start=3)
             ]
+            rows[0] |= {"ssim": 0.5} if name == "mse" else {}
             (root / name / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         assert not compare.main([str(root / "mse"), str(root / "sub" / "gan")])
         path, charts = drawn.call_args.args
         assert path == root.resolve() / "compare.png"
         lines = {"mse": [(3, 15.0), (4, 16.0)], "sub/gan": [(3, 14.0)]}
-        assert charts == {"psnr": ("epoch", 3, 4, lines)}
+        other = {"mse": [(3, 0.5)], "sub/gan": []}  # in the same order: the same colours
+        assert charts == {"psnr": ("epoch", 3, 4, lines), "ssim": ("epoch", 3, 4, other)}
+        drawn.side_effect = real
+        assert not compare.main([str(root / "mse"), str(root / "sub" / "gan")])
         (root / "none").mkdir()
         refused(root / "none", root / "none", names=["no results in"], script=compare)
         with mock.patch.dict(sys.modules, {"torch.utils.tensorboard": None}):
