@@ -35,22 +35,15 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # PAPER: supplement, Table 1 (base, large). PAPER SILENT: `small` is ViT-S and `huge` MAE's ViT-H,
-# with the same decoder; `tiny` and `nano` are for CPUs and tests.
+# published with patches of 14 px, with the same decoder; `tiny` and `nano` are for CPUs and tests.
+PAPERS_DECODER = dict(decoder_width=512, decoder_depth=8, decoder_heads=16)
 MAE_SIZES = {
     "nano": dict(width=128, depth=4, heads=4, decoder_width=64, decoder_depth=3, decoder_heads=4),
     "tiny": dict(width=192, depth=6, heads=3, decoder_width=128, decoder_depth=4, decoder_heads=4),
-    "small": dict(
-        width=384, depth=12, heads=6, decoder_width=512, decoder_depth=8, decoder_heads=16
-    ),
-    "base": dict(
-        width=768, depth=12, heads=12, decoder_width=512, decoder_depth=8, decoder_heads=16
-    ),
-    "large": dict(
-        width=1024, depth=24, heads=16, decoder_width=512, decoder_depth=8, decoder_heads=16
-    ),
-    "huge": dict(  # published with patches of 14 px
-        width=1280, depth=32, heads=16, decoder_width=512, decoder_depth=8, decoder_heads=16
-    ),
+    "small": dict(width=384, depth=12, heads=6, **PAPERS_DECODER),
+    "base": dict(width=768, depth=12, heads=12, **PAPERS_DECODER),
+    "large": dict(width=1024, depth=24, heads=16, **PAPERS_DECODER),
+    "huge": dict(width=1280, depth=32, heads=16, **PAPERS_DECODER),
 }
 # PAPER SILENT: D's channels at the finest scale and their cap. 64/512 is StyleGAN2's width at
 # this resolution; smaller models get a D they can keep up with. (--d-channels, --d-max)
