@@ -2335,8 +2335,8 @@ def test_a_run_killed_and_one_told_to_stop_are_restarted_and_end_like_one_never_
     with scratch() as folder:
         flags = ["train.py", *FAST, "--workers", 2]
         # The row with the most state: ADA's p, the running mean of path lengths.
-        flags += ["--loss", "stylegan2_ada_p", "--ada-images", 400, "--limit-images", 60]
-        flags += ["--epochs", 2, "--save-steps", 7]  # 15 steps each
+        flags += ["--loss", "stylegan2_ada_p", "--ada-images", 500, "--limit-images", 80]
+        flags += ["--epochs", 2, "--save-steps", 7]
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
         broken = launch(*torchrun, "--max-restarts=2", *flags, "--out", folder / "twice")
         checkpoint = folder / "twice" / "checkpoint.pt"
@@ -2353,7 +2353,7 @@ def test_a_run_killed_and_one_told_to_stop_are_restarted_and_end_like_one_never_
         killed_at = step_beyond(0)
         first = worker_of(broken)
         os.kill(first, signal.SIGKILL)
-        assert killed_at["epoch_step"] % 15 != 0, killed_at  # in mid-epoch
+        assert killed_at["epoch_step"] % 20 != 0, killed_at  # in mid-epoch
         # Its successor is told to stop: twice, and its loader's workers as well, as torchrun does.
         stopped_at = step_beyond(killed_at["step"])
         second = worker_of(broken, after=first)
