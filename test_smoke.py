@@ -2335,8 +2335,8 @@ def test_a_run_killed_and_one_told_to_stop_are_restarted_and_end_like_one_never_
     with scratch() as folder:
         flags = ["train.py", *FAST, "--workers", 2]
         # The row with the most state: ADA's p, the running mean of path lengths.
-        flags += ["--loss", "stylegan2_ada_p", "--ada-images", 500, "--limit-images", 80]
-        flags += ["--epochs", 2, "--save-steps", 7]
+        flags += ["--loss", "stylegan2_ada_p", "--ada-images", 500, "--ada-target=-0.9"]
+        flags += ["--limit-images", 80, "--epochs", 2, "--save-steps", 7]
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
         broken = launch(*torchrun, "--max-restarts=2", *flags, "--out", folder / "twice")
         checkpoint = folder / "twice" / "checkpoint.pt"
