@@ -15,6 +15,7 @@ To copy: needs torch, torchvision, numpy and pillow, and no other file of the pr
 """
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -471,14 +472,14 @@ def list_images(folder):
 
 
 def list_all_images(folder, above=()):
-    """Paths of the image files in a folder and its folders, to any depth, sorted, with no label."""
+    """Paths of the image files in a folder and its folders, to any depth -> a list for each folder
+    that has some, sorted."""
     real = os.path.realpath(folder)
     if real in above:  # a link to a folder that holds it
         return []
     images, subfolders = list_images(folder)
-    for subfolder in subfolders:
-        images += list_all_images(subfolder, (*above, real))
-    return images
+    below = [list_all_images(subfolder, (*above, real)) for subfolder in subfolders]
+    return [images] * bool(images) + sum(below, [])
 
 
 def scan_folder(folder, labelled=False):
@@ -494,8 +495,10 @@ def scan_folder(folder, labelled=False):
             f"{os.path.basename(subfolders[0])}/); keep images in class folders, or in one folder"
         )
     files, targets, classes, empty = images, [0] * len(images), [os.path.basename(folder)], []
+    folders = 1
     if not labelled:
-        files = list_all_images(folder)
+        by_folder = list_all_images(folder)
+        files, folders = list(itertools.chain(*by_folder)), len(by_folder)
         targets = [0] * len(files)
     elif subfolders:
         found = {subfolder: list_images(subfolder)[0] for subfolder in subfolders}
@@ -504,19 +507,20 @@ def scan_folder(folder, labelled=False):
             files += found[subfolder]
             targets += [len(classes)] * len(found[subfolder])
             classes.append(os.path.basename(subfolder))
+        folders = len(classes)
     if not files:
         hint = ""
         if len(subfolders) == 1 and list_images(subfolders[0])[1]:
             hint = f"; are the classes in {subfolders[0]}? Then give that"
         raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}){hint}")
     found = Folder(files, targets, classes)
-    found.empty = empty
+    found.empty, found.folders = empty, folders
     return found
 
 
 def open_photographs(path):
     """An image file, or all in a folder, to any depth -> `Folder`; ValueError if there are none."""
-    files = list_all_images(path) if os.path.isdir(path) else [str(path)]
+    files = sum(list_all_images(path), []) if os.path.isdir(path) else [str(path)]
     if not files or not os.path.exists(path):
         raise ValueError(f"{path} {'holds no images' if not files else 'does not exist'}")
     return Folder(files, [0] * len(files), [os.path.basename(path)])
@@ -578,8 +582,7 @@ def open_sources(data, *, image_size, seed, labelled=False):
         train, val = hold_out(found, seed)
         what = "no val/: " if unused or here != root else ""
         rest = f"{what}{len(val)} of them, a choice of seed {seed}, are held out for validation"
-    folders = len(set(map(os.path.dirname, found.files)))
-    train.note = f"{here}: {len(found)} images in {folders} folders, {rest}"
+    train.note = f"{here}: {len(found)} images in {found.folders} folders, {rest}"
     empty = [*found.empty, *(name for name in val.empty if val.empty is not found.empty)]
     if empty:
         train.note += f"; folders without images: {', '.join(sorted(set(empty))[:3])}"
