@@ -300,9 +300,8 @@ class ViT(nn.Module):
 
     def run_blocks(self, x, levels=()):
         """Embedded patches (B, K, C) with their positions -> what `encode` returns."""
-        cls = self.cls_token.flatten().expand(
-            len(x), 1, -1
-        )  # flat: its gradient is contiguous, too
+        # Flat, so that the gradient is contiguous, too, as DDP wants it.
+        cls = self.cls_token.flatten().expand(len(x), 1, -1)
         x = torch.cat([cls, x], dim=1)  # (B, 1 + K, C)
         kept = {0: x}
         for number, block in enumerate(self.blocks, start=1):

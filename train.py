@@ -183,8 +183,8 @@ def regularise_path(run, images, mask_noise, seeds, share, progress, args):
     the batch and every 4 steps, as StyleGAN2, since a backward pass through a backward pass costs
     much; D sees the reconstruction augmented, as everything it sees.
     PAPER SILENT: the weight. StyleGAN2's 2 belongs to another unit, see `path_length_penalty`. Ours
-    makes the term about 1/500 of G's loss; at .02 it is 1/100, as in StyleGAN2, and in runs of
-    30,000 images the linear probe loses 1.3 points against 0 (two seeds), k-NN as much.
+    makes the term about 1/500 of G's loss. At .02 it is 1/100, and in runs of 30,000 images the
+    linear probe and k-NN lose 1.3 points each against 0 (two seeds).
     """
     mae, disc = unwrap(run.mae), unwrap(run.disc)
     images, mask_noise, seeds = (x[: (len(x) + 1) // 2] for x in (images, mask_noise, seeds))
