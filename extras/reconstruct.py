@@ -329,6 +329,27 @@ def draw_figures(folder, runs, val_set, device):
 # ---- Checkpoints and weights ---------------------------------------------------------------------
 
 
+def build_own(path, checkpoint):
+    """What train.py or extras/siblings.py trained, with random weights -> (network, mae, arguments,
+    name); see `open_autoencoder`."""
+    is_sibling = train.made_by("extras/siblings.py", checkpoint, "mae")
+    if not is_sibling and not train.made_by("train.py", checkpoint, "mae"):
+        fail(f"{path} is not a checkpoint of train.py: reconstructions need its decoder")
+    own = argparse.Namespace(**checkpoint["arguments"])
+    if is_sibling:
+        from extras import siblings
+
+        if own.loss not in siblings.PAINTS:
+            fail(
+                f"{path} is of --loss {own.loss}, which paints nothing: see finetune.py, --task knn"
+            )
+        network = siblings.build_network(own)
+        return network, partial(siblings.paint, network), own, own.loss
+    network = train.build_autoencoder(own)
+    other = own.arch != losses.LOSSES[own.loss]["arch"]
+    return network, network, own, own.loss + (f" ({own.arch})" if other else "")
+
+
 def open_autoencoder(path, norm_pix_loss, dtype, device):
     """A file -> run, as `train.reconstruct` takes it, with name, path, network and seen.
 
@@ -338,37 +359,17 @@ def open_autoencoder(path, norm_pix_loss, dtype, device):
     """
     with train.refusals():
         checkpoint = model.load_file(path, "a file of ViT-MAE weights")
-        if "script" not in checkpoint:
+        if "script" in checkpoint:
+            network, mae, own, name = build_own(path, checkpoint)
+            model.load_whole(network, checkpoint["mae"], path)
+            seen = train.seen_by(checkpoint)
+        else:
             network = mae = model.load_mae(path)
-    is_sibling = train.made_by("extras/siblings.py", checkpoint, "mae")
-    if "script" in checkpoint and not is_sibling:
-        if not train.made_by("train.py", checkpoint, "mae"):
-            fail(f"{path} is not a checkpoint of train.py: reconstructions need its decoder")
-    own, seen = argparse.Namespace(norm_pix_loss=norm_pix_loss, mask_ratio=0.75, seed=0), []
-    name = Path(path).stem
-    if "script" in checkpoint:
-        own, seen = argparse.Namespace(**checkpoint["arguments"]), train.seen_by(checkpoint)
-        name = own.loss
-    else:
-        own.image_size, own.patch_size = network.patch_size * network.side, network.patch_size
-    if is_sibling:
-        from extras import siblings
-
-        if own.loss not in siblings.PAINTS:
-            fail(
-                f"{path} is of --loss {own.loss}, which paints nothing: see finetune.py, --task knn"
-            )
-        network = siblings.build_network(own)
-        mae = partial(siblings.paint, network)
-    elif "script" in checkpoint:
-        network = mae = train.build_autoencoder(own)
-        if own.arch != losses.LOSSES[own.loss]["arch"]:
-            name += f" ({own.arch})"
+            own = argparse.Namespace(norm_pix_loss=norm_pix_loss, mask_ratio=0.75, seed=0)
+            own.image_size, own.patch_size = network.patch_size * network.side, network.patch_size
+            name, seen = Path(path).stem, []
     if own.norm_pix_loss:
         name += " (true contrast)"  # see `train.reconstruct`
-    if "script" in checkpoint:
-        with train.refusals():
-            model.load_whole(network, checkpoint["mae"], path)
     network.to(device).eval()
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
     run = SimpleNamespace(mae=mae, autocast=autocast, args=own)
