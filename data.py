@@ -749,8 +749,9 @@ def rand_augment(image, magnitude, std=0.5):
 
     PAPER: supplement, Table 2: RandAug(9, 0.5). PAPER SILENT: what .5 is, and the scale. Ours are
     MAE's: 9 of 10 is the mean and .5 the deviation of a magnitude drawn for each operation, which
-    is skipped half of the time. torchvision counts 30 steps to the same strengths. DIFFERS: its
-    operations are 14, Identity among them; MAE's library has Invert and SolarizeAdd instead.
+    is skipped half of the time. torchvision divides the same range into 30 steps. DIFFERS:
+    torchvision has 14 operations, Identity among them; MAE's library has Invert and SolarizeAdd
+    instead.
     """
     for _ in range(2 if magnitude else 0):
         if torch.rand(()) < 0.5:

@@ -98,8 +98,8 @@ def train_network(run, train_set, val_set, args):
     """Train one network -> (signal that stopped it or 0, best).
 
     run: from `build_run`. best: highest `run.score`, top-1 for instance, in per cent. The loop is
-    that of train.py's `pretrain`, with one player; but an epoch is saved before it is measured,
-    which may take long, and a run that was ended meanwhile measures it when it goes on.
+    that of train.py's `pretrain`, with one player. But each epoch is saved first and measured then,
+    since measuring may take long. A run that ends while it measures does so at its next start.
     """
     run.network.train()
     val = (shard(val_set, args), [])  # and the unreadable ones among its images
@@ -735,7 +735,7 @@ CHECKPOINT_FLAGS = (
 )
 # PAPER SILENT: it contradicts itself on warm-up (5 or 10 epochs) and Adam's second beta (.95 or
 # .999), and does not say whether the learning rate scales with the batch. Ours: its Table 2 where
-# the two disagree (.999 is also MAE's), and MAE's linear scaling, 1e-3 at 8 x 32.
+# the two disagree (.999 is also MAE's), and MAE's linear scaling, 1e-3 for 256 images.
 OPTIMISER_FLAGS = (
     ("--epochs", COUNT, 130, "paper: 130"),
     ("--warmup-epochs", NUMBER, None, "None = 10/130 of the epochs, as the paper"),

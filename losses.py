@@ -22,9 +22,8 @@ from torch.nn import functional as F
 #   adversary  D of the least-squares pair (eq. 4 and 5): None, "conv", "msg" or "stylegan2"; the
 #              last two judge images at every scale
 #   weight     of the adversarial term, eq. 5, in eq. 6: the default of --adversarial-weight.
-#              DIFFERS: the paper's is 1 in every row; 0.1 where D reaches G at every scale, and
-#              outweighed the pixels at 1: see "What the paper leaves open" in README. The authors'
-#              code: 0.7 on twice the L1.
+#              DIFFERS: the paper's is 1 in every row. Where D sees every scale, 1 outweighed the
+#              pixel term; ours is 0.1. The authors' code: 0.7 on twice the L1.
 #   ada        adaptive augmentation of all that D sees (sec. 3.2)
 #   path       path-length regularisation of G (sec. 3.2)
 #   arch       the autoencoder that the paper pairs with the loss
@@ -248,8 +247,8 @@ def style_loss(features_fake, features_real):
 
 
 def perceptual_terms(features_fake, features_real, delta_f=0.05, delta_s=40.0):
-    """L_feat^G. PAPER: eq. 3, with the weights of sec. 4: delta_f .05, delta_s 40. PAPER SILENT: it
-    also speaks of "the smaller delta_s value"; as printed here. (--delta-f, --delta-s)
+    """L_feat^G. PAPER: eq. 3, with the weights of sec. 4: delta_f .05, delta_s 40. PAPER SILENT:
+    sec. 4 calls delta_s the smaller one, but gives 40. Ours is 40. (--delta-f, --delta-s)
 
     features_fake, features_real: [phi^1, ..., phi^J] of G(I_m) and of I, from the same phi.
     Returns its two weighted sums by name: {"feature": scalar, "style": scalar}.
@@ -297,11 +296,11 @@ def r1_penalty(logits_real, reals):
 
 
 def feature_slopes(features, images, probe):
-    """How fast D's features move along a random direction with each pixel: ds/d image, no graph.
+    """How fast D's features, projected on a random direction, move with each pixel: ds/d image.
 
-    PAPER: sec. 3.2, "... and discriminator feature maps". A random direction in feature space,
-    s = sum_j <phi^j, eps_j> / sqrt(J N_j). PAPER SILENT: the probe. Dividing by sqrt(J N_j) gives
-    every map the same weight in s, whatever its size.
+    PAPER: sec. 3.2, "... and discriminator feature maps". PAPER SILENT: the projection,
+    s = sum_j <phi^j, eps_j> / sqrt(J N_j). Dividing by sqrt(J N_j) gives every map the same weight
+    in s, whatever its size. The slopes have no graph.
 
     features: J maps (B, C_j, h_j, w_j) of D at `images`, N_j = C_j h_j w_j
     images:   [(B, 3, h, w)], leaves that require a gradient
@@ -317,9 +316,9 @@ def path_lengths(outputs, z, slopes):
     """How far D's features move with the decoder's input, per sample: (B,), with a graph.
 
     PAPER: sec. 3.2, "perceptual path regularisation between the decoder input and ...". With the
-    slopes ds/d image of a random direction s in feature space (see `feature_slopes`), the chain
-    rule gives g = ds/dz, one vector per token. The length a is the root mean square, over tokens,
-    of |g|; E a^2 is the mean squared entry of the maps' Jacobians times the channels of z.
+    slopes ds/d image of projected features s (see `feature_slopes`), the chain rule gives
+    g = ds/dz, one vector per token. The length a is the root mean square, over tokens, of |g|. Over
+    directions, the mean of a^2 is (channels of z) x (mean squared entry of the maps' Jacobians).
 
     outputs: [(B, 3, h, w)], G's images of all scales, with a graph
     z:       (B, tokens, channels), the decoder input that `outputs` were computed from
@@ -387,8 +386,9 @@ def image_quality(fake, real, hidden):
     fake, real: (B, 3, H, W). hidden: (B, 1, H, W), 1 = hidden. l1_... (pixels in [0, 1]), psnr_...
     (dB) and ssim_... are of the whole image: "full" as predicted, "pasted" with the true visible
     patches. psnr is of the hidden pixels; ssim, of the windows of the pasted image that are centred
-    on them; psnr_mean_fill, of hidden pixels painted in the mean visible colour. PAPER SILENT:
-    which of these Table 1 gives. Reconstructions have 8 bits, as when written to a file.
+    on them; psnr_mean_fill, of hidden pixels painted in the mean visible colour. Reconstructions
+    have 8 bits, as when written to a file. PAPER SILENT: which of these Table 1 gives, and the unit
+    of its PSNR: .38 to .58 are no dB.
     """
     fake = (fake.clamp(0, 1) * 255).round() / 255
     fakes = {"pasted": torch.where(hidden > 0, fake, real), "full": fake}

@@ -45,8 +45,8 @@ MAE_SIZES = {
     "large": dict(width=1024, depth=24, heads=16, **PAPERS_DECODER),
     "huge": dict(width=1280, depth=32, heads=16, **PAPERS_DECODER),
 }
-# PAPER SILENT: D's channels at the finest scale and their cap. 64/512 is StyleGAN2's width at
-# this resolution; smaller models get a D they can keep up with. (--d-channels, --d-max)
+# PAPER SILENT: D's channels at the finest scale and their cap. 64/512 is StyleGAN2-ADA's width
+# at 256 px; smaller models get a D they can keep up with. (--d-channels, --d-max)
 DISCRIMINATOR_WIDTHS = {
     "nano": (16, 64),
     "tiny": (16, 128),
@@ -349,7 +349,7 @@ class MAE(ViT):
                 f"{scales} scales, but {patch_size} px patches give {most}, as they halve "
                 f"{most - 1} times: take patches of a power of two"
             )
-        # ... and the decoder: narrower and shallower, since it is thrown away.
+        # ... and the decoder: narrower and shallower, to save time.
         self.decoder_embed = linear(width, decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
         self.register_buffer("decoder_pos_embed", sincos_positions(decoder_width, self.side))
@@ -428,10 +428,10 @@ class MAE(ViT):
 class MSGMAE(MAE):
     """MSG-MAE: skip connections from encoder levels to decoder blocks. PAPER: sec. 3.3, Figure 1.
 
-    Multi-scale losses reach every decoder block; without skips they reach the encoder, the part
-    that is kept, through the decoder's input alone. Decoder block k > 1 takes its predecessor's
-    map concatenated with an encoder level, brought back from 2d to d by one linear layer. The
-    encoder is MAE's, under the same names.
+    Multi-scale losses reach every decoder block. Without skips, their gradient enters the encoder,
+    the part that is kept, at one place: the decoder's input. Decoder block k > 1 takes its
+    predecessor's map concatenated with an encoder level, brought back from 2d to d by one linear
+    layer. The encoder is MAE's, under the same names.
     """
 
     def __init__(self, *, depth, decoder_width, decoder_depth, **sizes):
@@ -776,9 +776,9 @@ class Epilogue(nn.Module):
 class StyleGAN2Discriminator(nn.Module):
     """StyleGAN2's residual discriminator with an image entering at every scale.
 
-    At 224 px and widths 64 to 512 (those of StyleGAN2 at 256 px, whose maps of 256 ... 8 become
-    224 ... 7) it has 27.7 M parameters with one scale and 28.6 M with five. Train it with Adam
-    at StyleGAN2's rate, 0.0025, betas (0, 0.99): its weights are N(0, 1), not N(0, 1 / fan_in).
+    At 224 px and widths 64 to 512 (those of StyleGAN2-ADA at 256 px, whose maps of 256 ... 8 become
+    224 ... 7) it has 27.7 M parameters with one scale and 28.6 M with five. Train it with Adam at
+    StyleGAN2-ADA's rate, 0.0025, betas (0, 0.99): its weights are N(0, 1), not N(0, 1 / fan_in).
     """
 
     # DIFFERS: under autocast all blocks run in half precision, not only the four largest maps;
@@ -1116,7 +1116,7 @@ class Classifier(nn.Module):
     pool: "cls", the CLS token, or "mean", the mean patch token, both after the encoder's own final
     norm (MAE's fine-tuning averages first, under a new norm).
     frozen: a linear probe. The encoder then needs no gradient and stays in evaluation mode, and
-    the head sees standardised features.
+    the head sees standardised features (PAPER SILENT: MAE's probe has them).
     """
 
     def __init__(self, encoder, classes, pool="cls", frozen=False):

@@ -2303,19 +2303,42 @@ def launch(*flags, **environment):
     )
 
 
-def launch_pair(*flags):
-    """`launch` as two processes of one group."""
+def in_two_processes(body, *args):
+    """Start body(*args) as ranks 0 and 1 of one group -> a function that waits for both to succeed.
+
+    They are copies of this process, which need not import torch anew: that takes seconds.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        place = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free.getsockname()[1])
-    return [launch(*flags, RANK=rank, LOCAL_RANK=rank, **place) for rank in range(2)]
+        port = str(free.getsockname()[1])
+    place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+
+    def run(rank):
+        os.environ |= place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with contextlib.redirect_stdout(io.StringIO()):
+            body(*args)
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=run, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+
+    def wait():
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0, 0]
+
+    return wait
 
 
-def finish(processes):
-    """Wait for processes, which must all succeed -> what each printed."""
-    printed = [process.communicate()[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), printed
-    return printed
+def commands_in_turn(*jobs):
+    """In one process group, each job's (script, flags): a body for `in_two_processes`."""
+    device = train.start_processes()
+    with mock.patch.object(train, "start_processes", lambda: device):
+        with mock.patch.object(train, "stop_processes"):
+            for script, flags in jobs:
+                assert not script.main([str(flag) for flag in flags])
+    train.stop_processes()
 
 
 def worker_of(launcher, *, after=0):
@@ -2362,7 +2385,8 @@ def test_a_run_killed_and_one_told_to_stop_are_restarted_and_end_like_one_never_
             time.sleep(0.02)
         worker_of(broken, after=second)  # that was the end of it
         stopped_at = kept_in(checkpoint.parent)["progress"]
-        [printed] = finish([broken])
+        printed, _ = broken.communicate()
+        assert broken.returncode == 0, printed
         assert f"exitcode: {-signal.SIGKILL})" in printed, printed
         assert f"exitcode: {128 + signal.SIGTERM})" in printed, printed
         assert f"stopped at step {stopped_at['step']};" in printed, printed
@@ -2412,7 +2436,7 @@ def gloo_gradients(folder):
 
 def test_two_processes_give_the_gradients_of_one_for_every_row_in_two_steps():
     with scratch() as folder:
-        finish(launch_pair(__file__, "--gloo", folder))
+        in_two_processes(gloo_gradients, folder)()
         parts = [torch.load(f"{folder}/rank{r}.pt", weights_only=True) for r in range(2)]
     for row, first, second in zip(ROWS, *parts, strict=True):
         whole = row_gradients(*row, slice(None), 1)
@@ -3233,11 +3257,10 @@ def test_two_processes_measure_what_one_does():
     with scratch() as root:
         jobs = {task: [*learn, "--task", task] for task in CLASSIFY}
         two = [[*job, "--out", root / f"{t}2", "--batch-size", 2] for t, job in jobs.items()]
-        (root / "jobs.json").write_text(json.dumps(two, default=str))
-        ranks = launch_pair(__file__, "--tune", root / "jobs.json")
+        wait = in_two_processes(commands_in_turn, *((finetune, flags) for flags in two))
         for task, job in jobs.items():
             assert tune(*job, "--out", root / f"{task}1", "--batch-size", 4)[0] == 0
-        finish(ranks)
+        wait()
         for task in CLASSIFY:
             [one], [two] = (log_of(root / f"{task}{n}") for n in "12")
             assert one["val_images"] == two["val_images"] == 9
@@ -3261,16 +3284,6 @@ def test_images_that_training_held_out_are_those_that_are_measured():
         assert command(*FAST, "--data", root / "photos", "--seed", 2, *more)[0] == 0
         flags += ["--checkpoint", root / "more" / "checkpoint.pt"]
         tune_refused(*flags, "--seed", 2, names=["give --seed 1"])
-
-
-def tune_in_turn(jobs):
-    """One process of the last test: `finetune.main` for each list of flags in the file `jobs`."""
-    device = train.start_processes()
-    with mock.patch.object(train, "start_processes", lambda: device):
-        with mock.patch.object(train, "stop_processes"):
-            for flags in json.loads(Path(jobs).read_text()):
-                assert not finetune.main([str(flag) for flag in flags])
-    train.stop_processes()
 
 
 # ---- On a GPU, where there is one ----------------------------------------------------------------
@@ -3417,11 +3430,7 @@ def main():
 
 if __name__ == "__main__":
     sys.modules["test_smoke"] = sys.modules[__name__]  # extras' tests import this very module
-    if sys.argv[1:2] == ["--gloo"]:
-        gloo_gradients(sys.argv[2])
-    elif sys.argv[1:2] == ["--gpu"]:
+    if sys.argv[1:2] == ["--gpu"]:
         check_gpu()
-    elif sys.argv[1:2] == ["--tune"]:
-        tune_in_turn(sys.argv[2])
     else:
         sys.exit(main())

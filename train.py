@@ -59,9 +59,10 @@ def backward(run, images, mask_noise, seeds, *, eq3_on, share, args):
     first: in `mse` the hidden patches' squared error, in `ms_ssim` eq. 2.
 
     run: networks, optimisers, scalers, ADA (see `build_run`). args: the command line.
-    images: I, (B, 3, H, W) in [0, 1]. mask_noise: (B, N), whose largest values are hidden, which
-    gives I_m. seeds: (B,), one per sample, for ADA. eq3_on: is L_feat^G applied in this epoch?
-    share: 1 / batches per step. Returns each term with its weight, and D's accuracies.
+    images: I, (B, 3, H, W) in [0, 1]. mask_noise: (B, N); the patches with the largest noise are
+    hidden, which gives I_m. seeds: (B,), one per sample, for ADA. eq3_on: is L_feat^G applied in
+    this epoch? share: 1 / (number of batches in a step). Returns each term, already weighted, and
+    D's accuracies.
     """
     recipe, terms = LOSSES[args.loss], {}
 
@@ -83,8 +84,8 @@ def backward(run, images, mask_noise, seeds, *, eq3_on, share, args):
     )
 
     # All other terms look at the reconstructions through another network. They look at detached
-    # copies, so that D's own loss cannot reach G; their gradient at these copies is passed on to G
-    # by hand, below.
+    # copies, so that D's own loss cannot reach G. The terms' gradient at the copies is passed on to
+    # G by hand, below.
     fakes = [x.detach().requires_grad_() for x in outputs]
     if run.disc is not None:
         # PAPER: sec. 3.2, ADA "is also applied to all samples", of rows that have it.
@@ -122,9 +123,10 @@ def backward(run, images, mask_noise, seeds, *, eq3_on, share, args):
     terms["pixel"] = pixel
 
     # D's gradient: from eq. 4 to its parameters, and no further.
-    # PAPER SILENT: the order of the two players' updates; phi's weights. Both gradients are taken
-    # at the same weights, so that one forward pass of D serves eq. 3, 4 and 5: eq. 3 compares two
-    # sets of features of the current D. (The authors take a copy, refreshed every five epochs.)
+    # PAPER SILENT: how many updates D makes per update of G, and in which order; phi's weights. One
+    # each. Both gradients are taken at the same weights, so that one forward pass of D serves
+    # eq. 3, 4 and 5: eq. 3 compares two sets of features of the current D. (The authors take a
+    # copy, refreshed every five epochs.)
     if run.disc is not None:
         terms["discriminator"] = losses.lsgan_d_loss(logits_real, logits_fake)
         loss_d = run.scaler_d.scale(terms["discriminator"] * share)
@@ -156,9 +158,9 @@ def regularise(run, images, mask_noise, seeds, share, progress, args):
     same on average, at a fraction of the cost. The scalars contain the n, so that their mean over
     an epoch is the weighted term's.
 
-    They use the bare networks (compiled graphs cannot be differentiated twice, and DDP expects one
-    backward pass), and run before `backward`, whose exchange between processes then averages both
-    gradients together.
+    They use the bare networks: compiled graphs have no second derivative, and DDP expects one
+    backward pass. They run before `backward`. Its exchange between processes averages both
+    gradients.
 
     A run in bf16 computes them in bf16. That changes R1's gradient by 2 to 4 %; drawing another
     batch of 32 changes it by 30 to 40 %. For path lengths: 4 to 9 %, and 90 to 160 %. A run in fp16
@@ -181,7 +183,7 @@ def regularise_path(run, images, mask_noise, seeds, share, progress, args):
     feature maps". PAPER SILENT: of MSG-MAE's inputs, the skips are left out (sec. 2.3 speaks of
     "the input to the decoder", and a decoder without skips then has the same regulariser); half of
     the batch and every 4 steps, as StyleGAN2, since a backward pass through a backward pass costs
-    much; D sees the reconstruction augmented, as everything it sees.
+    much; D sees the reconstruction augmented, as everything it sees; the penalty reaches G alone.
     PAPER SILENT: the weight. StyleGAN2's 2 belongs to another unit, see `path_length_penalty`. Ours
     makes the term about 1/500 of G's loss. At .02 it is 1/100, and in runs of 30,000 images the
     linear probe and k-NN lose 1.3 points each against 0 (two seeds).
@@ -197,7 +199,7 @@ def regularise_path(run, images, mask_noise, seeds, share, progress, args):
 
     # The chain rule in two stages, at copies of the images. Between two kinks of its leaky ReLUs D
     # is linear in what it sees, and so is ADA: how fast features move with the images, `slopes`,
-    # does not depend on the images, and needs no second derivative.
+    # is constant there, and needs no second derivative.
     fakes = [x.detach().requires_grad_() for x in outputs]
     (seen,) = augment(run, seeds, args, fakes)
     _, features = disc.forward(seen)  # .forward is never the compiled one
@@ -292,7 +294,8 @@ def eq3_is_on(epoch, args):
     epochs", "to give time for the discriminator to learn new features".
 
     PAPER SILENT: the first epoch's number, and what "the perceptual loss term" includes. Here
-    epochs count from 1, eq. 5 is always on, and so is eq. 7, whose phi needs no time to learn.
+    epochs count from 1. D learns in every epoch, and all other terms are always on: eq. 2, eq. 5,
+    and eq. 7, whose phi needs no time to learn.
     """
     phi = LOSSES[args.loss]["phi"]
     return phi in model.PUBLISHED or (phi == "disc" and epoch % args.feature_every == 0)
@@ -452,7 +455,7 @@ def start_processes():
         fail(
             f"srun started this script {tasks} times, as {tasks} runs of their own: start one task "
             "per node, with torchrun in it: srun --ntasks-per-node=1 torchrun --nproc_per_node=8 "
-            f"{Path(sys.argv[0]).name} ... (README, Start)"
+            f"{Path(sys.argv[0]).name} ... (README, Your own data)"
         )
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -488,7 +491,7 @@ def check_gpu(device):
     if not gpu_is_supported(torch.cuda.get_device_capability(device), architectures):
         fail(
             f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} "
-            f"(it has {', '.join(architectures)}); see 'V100' in README.md, Start"
+            f"(it has {', '.join(architectures)}); see V100 in README.md"
         )
 
 
@@ -608,8 +611,9 @@ def scaler(device, dtype):
 
 # ---- Networks and optimisers ---------------------------------------------------------------------
 
-# PAPER SILENT: D's Adam, (learning rate, betas) by kind of D. StyleGAN2's own where weights are
-# N(0, 1); otherwise what LS-GANs commonly use. (--d-lr, --d-betas)
+# PAPER SILENT: D's Adam, (learning rate, betas) by kind of D. StyleGAN2-ADA's own where weights are
+# N(0, 1); otherwise what LS-GANs commonly use. Unlike G's, the rate does not grow with the batch.
+# (--d-lr, --d-betas)
 D_ADAM = {
     "conv": (2e-4, (0.5, 0.99)),
     "msg": (2e-4, (0.5, 0.99)),
@@ -1244,7 +1248,7 @@ def finish_epoch(run, progress, lr, validation_part, args):
     write_row(row, args.out)
     if epoch == last and row.get("psnr", 0) < row.get("psnr_mean_fill", 0):
         say(
-            "Hidden patches were painted worse (psnr) than in their picture's mean colour "
+            "Hidden patches were painted worse (psnr) than in the mean colour of the visible ones "
             f"(psnr_mean_fill): try more than {progress['step']} steps, or another --lr than "
             f"{args.lr:.2g}"
         )
@@ -1503,7 +1507,7 @@ def build_parser():
     add_flags(
         parser,
         "regularisation (StyleGANv2-ADA row; R1 works with any D)",
-        ("--ada-target", float, 0.6, "of r_t = E sign(D(real) - 1/2)"),
+        ("--ada-target", float, 0.6, "of E sign(D(real) - 1/2); 0.6 = 80 %% of real ones right"),
         ("--ada-images", COUNT, 500_000, "real images in which p can go from 0 to 1"),
         ("--ada-p", NUMBER, None, "fixed augmentation probability p"),
         ("--path-weight", NUMBER, 0.002, "of path lengths"),

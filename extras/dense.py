@@ -41,7 +41,7 @@ def group_norm(channels):
 
 
 class FeaturePyramid(nn.Module):
-    """A ViT's levels as maps of 1/4, 1/2, 1 and 2 patches a cell: strides 4 to 32 at 16 px patches.
+    """A ViT's levels as four maps, their cells 1/4, 1/2, 1 and 2 patches wide (4 to 32 px of 16).
 
     PAPER: supplement A.2. A ViT has one scale; levels [0, 4, 8, 12] of its 12 blocks are resampled
     to the four of a convolutional network, "bilinear interpolation is used with a scale factor of

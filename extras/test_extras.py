@@ -12,7 +12,6 @@ import os
 import pickle
 import sys
 import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -48,10 +47,10 @@ from test_smoke import (
     as_hugging_face,
     close,
     command,
-    finish,
+    commands_in_turn,
     gradients,
+    in_two_processes,
     kept_in,
-    launch_pair,
     log_of,
     opened_run,
     raises_value_error,
@@ -345,10 +344,10 @@ def test_two_processes_measure_pictures_as_one_does():
         given = [*LOOK, "--checkpoint", root / "g.pt", "--val-images", 3]
         given += ["--inception-weights", root / "inception.pth"]
         two = [*given, "--batch-size", 2, "--out", root / "2"]
-        ranks = launch_pair("-m", "extras.reconstruct", *two)
+        wait = in_two_processes(commands_in_turn, (reconstruct, two))
         one = [*given, "--batch-size", 4, "--out", root / "1"]
         assert command(*one, script=reconstruct)[0] == 0
-        finish(ranks)
+        wait()
         one, two = (json.loads((root / n / "eval.json").read_text()) for n in "12")
         assert one["images"] == two["images"] == 3
         assert set(one["results"]) == {"real", "msg_gan_p"}
@@ -1997,14 +1996,12 @@ def test_two_processes_detect_and_segment_as_one_does():
     # A detector's samples and stochastic depth are drawn for each batch, here of one image.
     learn += ["--drop-path", 0.3]
     with scratch() as root:
-        jobs = {task: [*learn, "--out", root / f"{task}2"] for task in DENSE_SCRIPTS}
-        (root / "jobs.json").write_text(json.dumps(jobs, default=str))
-        work = f"from {__name__} import train_in_turn; train_in_turn({str(root / 'jobs.json')!r})"
-        ranks = launch_pair("-c", work)
+        jobs = ((s, [*learn, "--out", root / f"{task}2"]) for task, s in DENSE_SCRIPTS.items())
+        wait = in_two_processes(commands_in_turn, *jobs)
         for task, script in DENSE_SCRIPTS.items():
             alone = ["--out", root / f"{task}1", "--accum", 2]
             assert command(*learn, *alone, script=script)[0] == 0
-        finish(ranks)
+        wait()
         for task in DENSE_SCRIPTS:
             for one, two in zip(*(log_of(root / f"{task}{n}") for n in "12"), strict=True):
                 assert one["val_images"] == two["val_images"] == 9
@@ -2015,16 +2012,6 @@ def test_two_processes_detect_and_segment_as_one_does():
         for a, b in zip(one, two, strict=True):
             assert (a["image_id"], a["category_id"]) == (b["image_id"], b["category_id"])
             close([a["score"], *a["bbox"]], [b["score"], *b["bbox"]], 1e-3)
-
-
-def train_in_turn(jobs):
-    """One process of the last test: each script's main with its flags in the file `jobs`."""
-    device = train.start_processes()
-    with mock.patch.object(train, "start_processes", lambda: device):
-        with mock.patch.object(train, "stop_processes"):
-            for task, flags in json.loads(Path(jobs).read_text()).items():
-                assert not DENSE_SCRIPTS[task].main([str(flag) for flag in flags])
-    train.stop_processes()
 
 
 def test_dense_tasks_refuse_what_does_not_fit_in_one_line():
@@ -2574,7 +2561,7 @@ def test_the_last_epoch_of_a_sibling_is_measured():
 
 def test_two_processes_give_the_gradients_of_one_for_every_sibling_in_two_steps():
     with scratch() as folder:
-        finish(launch_pair("-m", "extras.test_extras", "--siblings", folder))
+        in_two_processes(gloo_siblings, folder)()
         parts = [torch.load(f"{folder}/rank{r}.pt", weights_only=True) for r in range(2)]
     one, *two = sibling_scores(), *(part.pop() for part in parts)
     for row in two:  # of three images, which do not share out evenly
@@ -2762,7 +2749,3 @@ def test_cka_refuses_what_it_cannot_compare_in_one_line():
         cka_refused(*given, "none", *few, names=["none of 4 patches"])
         cka_refused(*given, root / "no.pt", "none", names=["no.pt does not exist"])
         assert not (root / "out").exists()
-
-
-if __name__ == "__main__" and sys.argv[1:2] == ["--siblings"]:  # a process of a test above
-    gloo_siblings(sys.argv[2])
