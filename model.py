@@ -1244,9 +1244,9 @@ class VGGFeatures(nn.Module):
 
     def __init__(self):
         super().__init__()
-        from torchvision.models import vgg16
+        from torchvision.models.vgg import cfgs, make_layers
 
-        self.features = vgg16(weights=None, init_weights=False).features[:23].requires_grad_(False)
+        self.features = make_layers(cfgs["D"])[:23].requires_grad_(False)
 
     def forward(self, images):
         """Images (B, 3, H, W) in [0, 1] -> 64, 128, 256, 512 channels at H, H/2, H/4, H/8.
