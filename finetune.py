@@ -268,7 +268,7 @@ def build_mix(args, classes):
 def count_correct(scores, labels):
     """-> {"top1", "top5": how many labels are among the highest scores; "images": how many count}.
 
-    scores: (B, classes), -inf = not even a guess. labels: (B,), -1 = does not count.
+    scores: (B, classes), -inf: the class cannot be predicted. labels: (B,), -1: does not count.
     """
     best = scores.topk(min(5, scores.shape[1]), dim=1)
     hits = (best.indices == labels[:, None]) & best.values.isfinite()  # (B, 5)

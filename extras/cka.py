@@ -117,8 +117,8 @@ def block_features(encoder, images, ids_keep, pool):
 
 @torch.no_grad()
 def measure_cka(args, device):
-    """How little does an encoder mind what is hidden? CKA of its features of masked and of whole
-    images, for each of RATIOS and each block.
+    """Are features of a masked image like those of the whole one? Their CKA, for each of RATIOS
+    and each block.
 
     PAPER SILENT (theirs): tokens, batches, images. Ours: CLS or, with --pool mean, the mean of the
     patches that the encoder sees; 256 images, --batch-size; the whole validation set. --seed fixes

@@ -113,9 +113,9 @@ def lies_as(image, size):
 
 
 class Letterbox(NamedTuple):
-    """How an image lies in a square: (height, width) pixels became (rows, columns) at its top left.
+    """How an image lies in a square: (height, width), resized to (rows, columns), at its top left.
 
-    The two ratios differ, since each side is rounded: maps go back by their own axis's.
+    Each side is rounded, so the two ratios differ: a map goes back axis by axis.
     """
 
     height: int
