@@ -582,7 +582,8 @@ def open_sources(data, *, image_size, seed, labelled=False):
         train, val = hold_out(found, seed)
         what = "no val/: " if unused or here != root else ""
         rest = f"{what}{len(val)} of them, a choice of seed {seed}, are held out for validation"
-    train.note = f"{here}: {len(found)} images in {found.folders} folders, {rest}"
+    folders = f"{found.folders} folder{'s' * (found.folders > 1)}"
+    train.note = f"{here}: {len(found)} images in {folders}, {rest}"
     empty = [*found.empty, *(name for name in val.empty if val.empty is not found.empty)]
     if empty:
         train.note += f"; folders without images: {', '.join(sorted(set(empty))[:3])}"

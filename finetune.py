@@ -684,6 +684,11 @@ def build_data(args):
     limit = args.val_images or len(val_source)
     kept = data.choose_images(val_source.targets, seed=args.seed, limit=limit)
     val_set = data.LabelledSet(val_source, kept.tolist(), augment=False, **common)
+    if getattr(val_source, "held_out", False) and len(val_set) < 100:
+        say(
+            f"{len(val_set)} images measure top-1: each is {100 / len(val_set):.1f} points; more "
+            f"in {args.data}/val would tell more"
+        )
     args = argparse.Namespace(**vars(args) | {"classes": list(val_source.classes)})
     shown, asked = ({part.source.targets[i] for i in part.indices} for part in (train_set, val_set))
     if unseen := sorted(asked - shown):

@@ -1661,7 +1661,9 @@ def test_of_few_images_unreadable_ones_are_named_once_and_never_all():
         (root / "train" / "b" / "1.png").write_text("not an image")
         flags = [*FAST, "--data", root, "--out", root / "run", "--epoch-images", 40]
         status, errors = command(*flags, "--epochs", 2)
-        assert status == 0 and errors.count("replaced: ") == 1 and "b/1.png" in errors, errors
+        assert status == 0 and errors.count("replaced by another") == 1 and "b/1.png" in errors, (
+            errors
+        )
         assert [row["bad_images"] for row in log_of(root / "run")] == [1, 1]
         for name in ("a/0.png", "a/1.png", "b/0.png"):
             (root / "train" / name).write_text("not an image")
@@ -1903,7 +1905,7 @@ def test_unreadable_files_are_replaced_named_once_counted_and_limited():
         status, errors = command(*flags)
         assert status == 0
         for name in ("a/0.png", "b/1.png"):
-            assert errors.count(f"replaced: {root}/train/{name}") == 1, errors
+            assert errors.count(f"replaced by another: {root}/train/{name}") == 1, errors
         assert [row["bad_images"] for row in log_of(root / "run")] == [2, 2]
         for i in range(5, 16):  # 11 more: 13 of 40 are over the limit of 10
             (root / "train" / "a" / f"{i}.png").write_text("not an image")
@@ -1985,7 +1987,7 @@ def test_a_run_says_where_it_begins_how_it_goes_on_and_that_it_ends_below_mean_f
             assert command(*FAST, *flags, root, *more)[0] == 0
     lines = [call.args[0] for call in say.call_args_list]
     expected = [
-        "from the start: 8 training images of 32 x 32 px, 4 per step",
+        "from the start: 8 training images of 32 x 32 px, 4 per step, 2 steps per epoch",
         "to continue, raise --steps",
     ]
     expected += [
@@ -2123,7 +2125,7 @@ def test_more_processes_than_validation_images_and_unreadable_ones():
         errors = io.StringIO()
         with contextlib.redirect_stderr(errors):
             images, _, unreadable = train.read_validation_part(dataset, 0, 1)
-        assert unreadable == 1 and errors.getvalue().count("replaced: ") == 1
+        assert unreadable == 1 and errors.getvalue().count("replaced by another") == 1
         assert torch.equal(images[1], images[2])  # the next image stands in
         for i in (0, 2):
             Path(source.files[dataset.indices[i]]).write_text("not an image")
@@ -2283,7 +2285,9 @@ def test_unfit_checkpoints_are_refused():
         assert command(*flags)[0] == 0
         before = (root / "run" / "checkpoint.pt").read_bytes()
         refused(*flags, "--loss", "ls_gan", names=["--loss mse (now ls_gan)", "--out"])
-        refused(*flags, "--model", "small", names=["--model nano (now small)"])
+        refused(
+            *flags, "--model", "small", names=["with --model nano (now small)"]
+        )  # the cause first
         refused(*flags, "--image-size", 64, names=["--image-size 32 (now 64)"])
         for name, content in {"text.pt": b"hello", "short.pt": before[:1000]}.items():
             (root / name).write_bytes(content)
@@ -3280,7 +3284,10 @@ def test_images_that_training_held_out_are_those_that_are_measured():
         tune_refused(*flags, "--seed", 2, names=["give --seed 1", "photos/val"])
         spelt = [*flags, "--data", f"{root}/./photos/"]
         tune_refused(*spelt, "--seed", 2, names=["give --seed 1"])
-        assert tune(*flags, "--seed", 1)[0] == 0
+        said = io.StringIO()
+        with mock.patch.object(finetune, "say", said.write):
+            assert tune(*flags, "--seed", 1)[0] == 0
+        assert "8 images measure top-1: each is 12.5 points" in said.getvalue()
         # What --init brings along has been seen, too.
         more = ["--init", root / "run" / "checkpoint.pt", "--out", root / "more", "--epochs", 1]
         assert command(*FAST, "--data", root / "photos", "--seed", 2, *more)[0] == 0

@@ -930,6 +930,7 @@ def open_run(run, train_set, args):
         count += f" of {size} x {size} px, {images_per_step(args)} per step"
         if len(train_set) != layout["training images"]:
             count += f", {len(train_set)} per epoch"
+        count += f", {len(train_set) // images_per_step(args)} steps per epoch"
         begins = f"from step {progress['step']}" if progress["step"] else "from the start"
         precision = run.dtype or torch.float32
         say(f"{begins}: {count}; {run.device}, {world_size()} process(es), {precision}")
@@ -960,7 +961,7 @@ def resume(run, path, layout, args):
             found = f"is one of {checkpoint['script']}"
         fail(f"{path} is not {kind} (it {found}); name another --out, or --resume off")
     then, now = checkpoint["arguments"], vars(args)
-    if differ := changes(then, now, run.must_fit):
+    if differ := changes(then, now, run.must_fit):  # the flags of networks first
         fail(f"{path} was trained with {differ}; give the same, or another --out, or --resume off")
     progress = checkpoint["progress"]
     for what, number in layout.items():
@@ -979,7 +980,7 @@ def resume(run, path, layout, args):
         part.load_state_dict(checkpoint[name])
         for group, values in zip(getattr(part, "param_groups", []), flags, strict=True):
             group |= values  # what the flags say now, not then
-    if others := changes(then, now, then.keys() - {"resume", "seen"}):
+    if others := changes(then, now, sorted(then.keys() - {"resume", "seen"})):
         say(f"{path} was trained with {others}")
     return new_progress() | progress | {"layout": layout}
 
@@ -987,7 +988,7 @@ def resume(run, path, layout, args):
 def changes(then, now, names):
     """Arguments among `names` that two commands have both, with other values -> a list in words."""
     then, now = ({**args, "data": folder_of(args.get("data"))} for args in (then, now))
-    differ = [k for k in sorted(names) if k in then and k in now and then[k] != now[k]]
+    differ = [k for k in names if k in then and k in now and then[k] != now[k]]
     return ", ".join(
         f"--{k.replace('_', '-')} {then[k]!s:.60} (now {now[k]!s:.60})" for k in differ
     )
@@ -1046,7 +1047,7 @@ def agree(run, terms, batches, signalled, progress, dataset):
     return {name: total / world_size() for name, total in report.items()}, stopping
 
 
-def note_bad_images(found, known, dataset, fate="replaced"):
+def note_bad_images(found, known, dataset, fate="replaced by another"):
     """Add every process's newly found unreadable images to `known`; name each; end if too many.
 
     found: {index: reason} of this process. known: list of indices. fate: what became of them.

@@ -280,7 +280,8 @@ def print_table(results):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description="Compare runs, or several seeds of several losses."
+        description="Compare runs, or several seeds of several losses.",
+        usage="python -m extras.compare RUN [RUN ...] [--tensorboard], or FOLDER of ROW/SEED/",
     )
     parser.add_argument("folders", type=Path, nargs="+", help="runs, or one folder of ROW/SEED/")
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard's events")

@@ -322,9 +322,9 @@ def build_data(args, make_set, open_source):
     parts = ("val",) if args.eval else ("train", "val")
     with train.refusals():
         sources = open_scenes(open_source, args.data, args.image_size, parts)
-        for source in sources:
+        for part, source in zip(parts, sources, strict=True):
             if source.note:
-                train.say(source.note)
+                train.say(f"{part}: {source.note}")
         classes = list(sources[-1].classes)
         if args.eval:
             data.check_classes(args.classes, classes, (args.checkpoint, args.data))

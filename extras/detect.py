@@ -283,7 +283,13 @@ def evaluate_detector(run, loader, known, args):
         row |= {f"mask_{name}": value for name, value in of_masks.items()}
         row = {name: 100 * value if value >= 0 else value for name, value in row.items()}
         row["val_images"] = len(rows)
-        coco.write_results(args.out, [entry for image in results for entry in image])
+        results = [entry for image in results for entry in image]
+        coco.write_results(args.out, results)
+        if not any(entry["score"] >= SURE for entry in results):
+            train.say(
+                f"no detection has a score of {SURE} or more: more epochs or another --lr than "
+                f"{args.lr:.2g} might help"
+            )
         draw_detections(run, loader.dataset, args)
     network.train()
     return train.of_all_processes(row)[0]
@@ -291,7 +297,7 @@ def evaluate_detector(run, loader, known, args):
 
 @torch.no_grad()
 def predict(run, dataset, args):
-    """--predict: draw what is found on photographs, and write it as COCO's results."""
+    """--predict: name and draw what is found on photographs, and write it as COCO's results."""
     train.unwrap(run.network).eval()
     unread, rows = {}, []
     for batch in finetune.shard(dataset, args):
@@ -299,9 +305,13 @@ def predict(run, dataset, args):
         for found, about in detect(run, batch):
             index = about["index"]
             file = dataset.source.files[index]
-            rows.append((index, coco.as_results(found, dataset.source, index)))
             image, sure = data.to_rgb(dataset.source[index][0]), found["scores"] >= SURE
-            drawn = draw_objects(image, {k: v[sure] for k, v in found.items()}, args.classes)
+            shown = {k: v[sure] for k, v in found.items()}
+            names = [args.classes[label - 1] for label in shown["labels"].tolist()]
+            names = [f"{n} {s:.2f}" for n, s in zip(names, shown["scores"].tolist(), strict=True)]
+            line = f"{file}: {', '.join(names) or f'nothing with a score of {SURE} or more'}"
+            rows.append((index, line, coco.as_results(found, dataset.source, index)))
+            drawn = draw_objects(image, shown, args.classes)
             path = dense.prediction_path(args, file, index)
             with train.writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -309,7 +319,9 @@ def predict(run, dataset, args):
     finetune.note_unread(unread, [], dataset)
     if parts := train.gathered_on_main(rows):
         rows = sorted(sum(parts, []), key=lambda row: row[0])
-        coco.write_results(args.out, [entry for _, results in rows for entry in results])
+        coco.write_results(args.out, [entry for *_, results in rows for entry in results])
+        for _, line, _ in rows:
+            train.say(line)
         train.say(f"done: {args.out}/predictions/, {args.out}/results_bbox.json, results_segm.json")
 
 

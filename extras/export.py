@@ -18,6 +18,8 @@ import model
 import train
 from train import fail, say
 
+# What those networks take; ours normalise by themselves.
+NORMALISED = f"(images - {model.IMAGENET_MEAN}) / {model.IMAGENET_STD}, images in [0, 1]"
 SCRIPTS = ("train.py", "extras/siblings.py")  # whose networks are encoders with something more
 
 
@@ -82,13 +84,11 @@ def write_weights(path, weights, names):
 
 
 def loading_lines(path, names, saved):
-    """Python that loads the file where it goes. saved: the checkpoint's arguments.
-
-    The networks there take ImageNet-normalised images.
-    """
-    load = f"torch.load({str(path)!r})"
+    """Python that loads the file where it goes. saved: the checkpoint's arguments."""
+    load, first = f"torch.load({str(path)!r})", f"# it takes {NORMALISED}\nimport torch\n"
     if str(path).endswith(".safetensors"):
         load = f"safetensors.torch.load_file({str(path)!r})"
+        first += "import safetensors.torch\n"
     elif names == "mae":
         load += "['model']"
     side, patch = saved["image_size"], saved["patch_size"]
@@ -97,14 +97,15 @@ def loading_lines(path, names, saved):
     C, blocks, decoder_heads = (size[f"decoder_{k}"] for k in ("width", "depth", "heads"))
     if names == "timm":
         return (
-            "from timm.models import VisionTransformer\n"
+            f"{first}from timm.models import VisionTransformer\n"
             f"vit = VisionTransformer({side}, {patch}, num_classes=0, embed_dim={width}, "
             f"depth={depth}, num_heads={heads})\n"
-            f"vit.load_state_dict({load})"
+            f"vit.load_state_dict({load})\n"
+            "# vit.forward_features(images): (B, 1 + N, C), as our encoder's"
         )
     if names == "hf":
         return (
-            "from transformers import ViTMAEConfig, ViTMAEForPreTraining\n"
+            f"{first}from transformers import ViTMAEConfig, ViTMAEForPreTraining\n"
             f"config = ViTMAEConfig(image_size={side}, patch_size={patch}, hidden_size={width}, "
             f"num_hidden_layers={depth}, num_attention_heads={heads}, "
             f"intermediate_size={4 * width}, decoder_hidden_size={C}, "
@@ -114,6 +115,7 @@ def loading_lines(path, names, saved):
             f"state_dict={load})"
         )
     return (
+        f"{first}from functools import partial\nfrom torch import nn\n"
         "from models_mae import MaskedAutoencoderViT  # of the published MAE\n"
         f"mae = MaskedAutoencoderViT({side}, {patch}, embed_dim={width}, depth={depth}, "
         f"num_heads={heads}, decoder_embed_dim={C}, decoder_depth={blocks}, "
@@ -129,6 +131,7 @@ def parse_args(argv=None):
     """Command line -> namespace."""
     parser = argparse.ArgumentParser(
         description="Write a checkpoint's weights under the names of other projects.",
+        usage="python -m extras.export --checkpoint FILE [--format mae|timm|hf] --out FILE",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--checkpoint", required=True, help="of train.py or extras/siblings.py")

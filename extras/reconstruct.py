@@ -260,20 +260,23 @@ def as_results(runs, totals, sums):
 
 
 def print_table(results, count):
-    """Table 1 on the screen: a line for each checkpoint and kind of reconstruction."""
-    width = max(map(len, ["original", *results]))
+    """Table 1 on the screen: for each checkpoint its kinds of reconstruction, and the hidden part.
+
+    IS and FID stand there where they were measured.
+    """
+    width, fill = max(map(len, ["original", *results])), 0
 
     def line(name, kind, pixels, row):
-        end = f"_{kind}" if kind else ""
-        score = distance = "-"
+        end, scores = f"_{kind}" if kind else "", ""
         if "is" + end in row:
-            score = f"{row['is' + end]:.2f} +- {row['is_std' + end]:.2f}"
+            scores = f"{row['is' + end]:.2f} +- {row['is_std' + end]:.2f}"
         if "fid" + end in row:
-            distance = f"{row['fid' + end]:.2f}"
-        say(f"{name:{width}}  {kind:6}  {pixels:20}  {score:>15}  {distance:>8}")
+            scores = f"{scores:>15}  {row['fid' + end]:8.2f}"
+        say(f"{name:{width}}  {kind:6}  {pixels:20}  {scores:>15}".rstrip())
 
-    say(f"{count} images; L1 of pixels in [0, 1], PSNR in dB")
-    say(f"{'':{width}}              L1   PSNR   SSIM               IS       FID")
+    say(f"images: {count}; L1 of pixels in [0, 1], PSNR in dB")
+    heads = "               IS       FID" if "real" in results else ""
+    say(f"{'':{width}}              L1   PSNR   SSIM{heads}")
     for name, row in results.items():
         if name == "real":
             line("original", "", "", row)
@@ -282,6 +285,9 @@ def print_table(results, count):
             l1, decibels, similarity = (row[f"{m}_{kind}"] for m in ("l1", "psnr", "ssim"))
             pixels = f"{l1:.4f}  {decibels:5.2f}  {similarity:.3f}"
             line(name if kind == losses.KINDS[0] else "", kind, pixels, row)
+        line("", "hidden", f"{'':6}  {row['psnr']:5.2f}  {row['ssim']:.3f}", {})
+        fill = row["psnr_mean_fill"]
+    say(f"hidden patches in the mean visible colour: PSNR {fill:.2f}")
 
 
 # ---- Pictures (Figures 2 and 3) ------------------------------------------------------------------

@@ -403,6 +403,12 @@ def test_exported_weights_start_other_runs():
             assert "took 78 tensors of the encoder" in output.getvalue(), output.getvalue()
             given = ["--checkpoint", file, "--task", "knn", *PROBE, "--limit-images", 20]
             assert tune(*given, "--out", root / "knn") == (0, "")
+            for path in (file, root / "x.safetensors"):  # what it prints: a program as it stands
+                lines = export.loading_lines(path, kind, kept_in(root)["arguments"])
+                compile(lines, "printed", "exec")
+                assert "(0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)" in lines
+                assert "import torch\n" in lines and str(path) in lines
+                assert ("import safetensors" in lines) == (path.suffix == ".safetensors")
         msg = [*FAST, "--model", "tiny", "--loss", "msg_gan", "--init", source, "--out", root]
         msg += ["--resume", "off"]
         assert command(*msg, "--limit-images", 4, "--epochs", 1)[0] == 0
@@ -1954,6 +1960,8 @@ def test_dense_runs_stopped_in_mid_epoch_continue_bit_for_bit_and_eval_agrees():
             measured = ["--eval", "--checkpoint", root / "once" / "best.pt", *few]
             with contextlib.redirect_stdout(output):
                 assert not script.main([str(flag) for flag in measured])
+            unsure = "no detection has a score of 0.5 or more" in output.getvalue()
+            assert unsure == (script is detect)
             for name in figures:
                 assert f"{name} {best[name]:.4g}" in output.getvalue(), (best, output.getvalue())
             written = {path.name for path in (root / "once").rglob("*")}
@@ -1970,10 +1978,22 @@ def test_dense_runs_stopped_in_mid_epoch_continue_bit_for_bit_and_eval_agrees():
                 FewScenes("detect")[1][0].save(root / "photos" / name)
             given = ["--checkpoint", root / "once" / "best.pt", "--workers", 0]
             given += ["--predict", root / "photos", "--out", root / "seen"]
-            assert command(*given, script=script)[0] == 0
+            with mock.patch.object(train, "say") as say:
+                assert command(*given, script=script)[0] == 0
             drawn = sorted((root / "seen" / "predictions").iterdir())
             assert [path.name for path in drawn] == ["0000_a.png", "0001_a.png"]
             if script is detect:
+                lines = [call.args[0] for call in say.call_args_list]  # it has learnt nothing
+                nothing = "nothing with a score of 0.5 or more"
+                assert lines[:2] == [
+                    f"{root}/photos/{n}: {nothing}" for n in ("a.png", "sub/a.png")
+                ]
+                with mock.patch.object(detect, "SURE", 0.0), mock.patch.object(train, "say") as say:
+                    assert command(*given, script=script)[0] == 0
+                names = [
+                    call.args[0].split("a.png: ")[-1].split()[0] for call in say.call_args_list
+                ]
+                assert set(names[:2]) <= set(data.SHAPES), names
                 results = json.loads((root / "seen" / "results_bbox.json").read_text())
                 assert {row["category_id"] for row in results} <= set(range(1, 11)) and results
                 assert {row["image_id"] for row in results} == {
@@ -2052,7 +2072,9 @@ def test_unreadable_scenes_are_named_replaced_in_training_and_not_measured():
         (root / "annotations" / "validation" / "2.png").write_bytes(b"torn")
         flags = [*UNTRAINED, "--batch-size", 3, "--epochs", 1, "--data", root]
         status, errors = command(*flags, "--out", root / "out", script=segment)
-        assert status == 0 and errors.count("replaced: ") == errors.count("left out: ") == 1
+        assert (
+            status == 0 and errors.count("replaced by another") == errors.count("left out: ") == 1
+        )
         assert "training/1.jpg" in errors and "validation/2.jpg" in errors, errors
         [row] = log_of(root / "out")
         assert row["val_images"] == 2 and row["bad_images"] == 2
