@@ -3040,7 +3040,7 @@ def write_results(folder, **logs):
         log.write_text(json.dumps({"top1": -1.0, "psnr": -1.0}) + "\n" + json.dumps(row) + "\n")
 
 
-@mock.patch.object(finetune, "PENALTIES", [1.0, 0.1, 0.01])
+@mock.patch.object(finetune, "PENALTIES", [1.0, 0.1])
 def test_logistic_regression_takes_the_token_that_suits_held_out_images():
     labels = torch.arange(200) % 2
     noise = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
@@ -3357,6 +3357,10 @@ def check_gpu():
 def test_a_gpu_gives_the_gradients_of_the_cpu_scales_fp16_and_goes_on_where_it_stopped():
     # The same body, so that it works where there is a GPU; but fewer rows.
     check_device(torch.device("cpu"), [("stylegan2_ada_p", "msg_mae")])
+    devices = ("nvidia[0-9]*", "dxg", "kfd")  # of Linux, WSL and ROCm
+    if sys.platform == "linux" and not any(list(Path("/dev").glob(name)) for name in devices):
+        print(f"{'':9}on a GPU: left out: there is none")
+        return
     environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
     if VISIBLE_GPUS is not None:
         environment["CUDA_VISIBLE_DEVICES"] = VISIBLE_GPUS
