@@ -969,7 +969,8 @@ def save_charts(path, charts, *, across=3, bounds=None, legend=False):
         values = [value for points in lines.values() for _, value in points]
         low, high = bounds or (min(values), max(values))
         if high - low < 1e-9:  # a flat line goes through the middle
-            low, high = low - 0.5, high + 0.5
+            margin = abs(low) / 10 or 0.5
+            low, high = low - margin, high + margin
         draw.text((x0, y0 - 8 * fine), title, "black", big, anchor="ls")
         for part in range(3):
             y, value = y1 + (y0 - y1) * part / 2, low + (high - low) * part / 2
