@@ -2001,7 +2001,11 @@ def test_a_run_says_where_it_begins_how_it_goes_on_and_that_it_ends_below_mean_f
 def test_the_demo_says_in_words_what_it_reached():
     for psnr, words in ((19.0, "4.9 dB above the mean colour"), (13.5, "0.6 dB below the mean")):
         with scratch() as root, mock.patch.object(train, "say") as say:
-            train.write_row({"epoch": 5, "psnr": psnr, "psnr_mean_fill": 14.1}, root)
+            row = {"epoch": 5, "psnr": psnr, "psnr_mean_fill": 14.1, "ssim_pasted": 0.5}
+            train.write_row(row, root)
+            assert log_of(root) == [row]
+            printed = f"epoch 5  psnr {psnr:.4g}  psnr_mean_fill 14.1"
+            assert [call.args[0] for call in say.call_args_list] == [printed]
             train.explain_demo(root)
         text = say.call_args[0][0]
         assert words in text and "epoch_0005.png" in text, text

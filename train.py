@@ -1207,12 +1207,15 @@ def epoch_row(progress, lr, args):
 
 
 def write_row(row, out=None):
-    """Print a row of results, after adding it to OUT/log.jsonl if `out` is given."""
+    """Print a row of results, after adding it to OUT/log.jsonl if `out` is given.
+
+    Printed are metrics of hidden patches alone; those of whole images are in the file.
+    """
     row = rounded(row)
     if out is not None and is_main():
         with writing(Path(out) / "log.jsonl"), open(Path(out) / "log.jsonl", "a") as log:
             log.write(json.dumps(row) + "\n")
-    say(as_line(row))
+    say(as_line({k: v for k, v in row.items() if not k.endswith(losses.KINDS)}))
 
 
 def rounded(row):
