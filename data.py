@@ -608,9 +608,9 @@ class PretrainSet(Dataset):
     this sample draws. bad: [(index, reason)] of files that could not be read on the way to a
     readable one; the next image stands in for them.
 
-    With `epoch_images` an epoch is that long, and goes round few images many times, each time with
-    draws of its own: pre-training on 1 to 1000 images (Kong and Zhang 2023, Table 6, who do not say
-    how long an epoch is). What does not fit in one epoch comes in the next.
+    With `epoch_images` an epoch has that many samples. It repeats images if they are fewer, each
+    time with draws of its own: pre-training on 1 to 1000 images (Kong and Zhang 2023, Table 6, who
+    do not say how long an epoch is). What does not fit in one epoch comes in the next.
 
     PAPER: supplement, Table 1: RandomResizedCrop and colour jitter 0.4 (the text: as MAE, which
     has no jitter; --jitter 0). PAPER SILENT: crop scale (.2, 1) and flips are MAE's; jitter is of

@@ -6,7 +6,7 @@
     python finetune.py --eval --checkpoint runs/mse/finetune/best.pt
     python finetune.py --predict photo.jpg --checkpoint runs/mse/finetune/best.pt
 
---task linear and finetune are sec. 4 of the paper ("Fine-tuning") and Table 2; knn and logistic
+--task linear and finetune are sec. 4 of the paper ("Fine-tuning") and its Table 2; knn and logistic
 measure features computed once, without augmentation. In order: what a step minimises, the loop,
 network and optimiser; accuracy; k-NN and logistic regression; then, under a banner, checkpoints,
 data, command line. What keeps a run alive (processes, precision, checkpoints) is train.py's.
@@ -99,7 +99,7 @@ def train_network(run, train_set, val_set, args):
 
     run: from `build_run`. best: highest `run.score`, top-1 for instance, in per cent. The loop is
     that of train.py's `pretrain`, with one player. But each epoch is saved first and measured then,
-    since measuring may take long. A run that ends while it measures does so at its next start.
+    since measuring may take long. A run that was stopped while it measured begins with that.
     """
     run.network.train()
     val = (shard(val_set, args), [])  # and the unreadable ones among its images
@@ -739,8 +739,8 @@ CHECKPOINT_FLAGS = (
     ("--patch-size", train.at_least(2), None, "None = the checkpoint's; 16 for none"),
 )
 # PAPER SILENT: it contradicts itself on warm-up (5 or 10 epochs) and Adam's second beta (.95 or
-# .999), and does not say whether the learning rate scales with the batch. Ours: its Table 2 where
-# the two disagree (.999 is also MAE's), and MAE's linear scaling, 1e-3 for 256 images.
+# .999), and does not say whether the learning rate scales with the batch. Ours: the supplement's
+# Table 2 where the two disagree (.999 is also MAE's), and MAE's linear scaling (256 images: 1e-3).
 OPTIMISER_FLAGS = (
     ("--epochs", COUNT, 130, "paper: 130"),
     ("--warmup-epochs", NUMBER, None, "None = 10/130 of the epochs, as the paper"),
@@ -754,7 +754,10 @@ OPTIMISER_FLAGS = (
 
 
 def build_parser():
-    """Every flag of finetune.py; `--help` is the manual. Table 2's values are the defaults."""
+    """Every flag of finetune.py; `--help` is the manual.
+
+    The defaults are the supplement's Table 2, but for what TASKS says.
+    """
     parser = argparse.ArgumentParser(
         description="Classify with a pre-trained encoder: what is it worth?",
         usage="finetune.py --checkpoint FILE|none --task linear|finetune|knn|logistic "

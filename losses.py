@@ -21,7 +21,7 @@ from torch.nn import functional as F
 #              published weights, "dvae" (eq. 7) or "vgg"
 #   adversary  D of the least-squares pair (eq. 4 and 5): None, "conv", "msg" or "stylegan2"; the
 #              last two judge images at every scale
-#   weight     of the adversarial term, eq. 5, in eq. 6: the default of --adversarial-weight.
+#   weight     of eq. 5 in eq. 6, unless --adversarial-weight is given.
 #              DIFFERS: the paper's is 1 in every row. Where D sees every scale, 1 outweighed the
 #              pixel term; ours is 0.1. The authors' code: 0.7 on twice the L1.
 #   ada        adaptive augmentation of all that D sees (sec. 3.2)
@@ -229,7 +229,8 @@ def feature_loss(features_fake, features_real):
     """First sum of eq. 3: sum over layers of the mean, over batch and elements, of
     |phi^j(G(I_m)) - phi^j(I)|.
 
-    Lists of (B, C_j, H_j, W_j) from the same phi. The real side is detached: it is the target.
+    Lists of (B, C_j, H_j, W_j) from the same phi. PAPER SILENT: does eq. 3 train phi, too? Here it
+    moves G alone: the real side, its target, is detached.
     """
     pairs = zip(features_fake, features_real, strict=True)
     return sum(F.l1_loss(fake.float(), real.detach().float()) for fake, real in pairs)
@@ -317,8 +318,8 @@ def path_lengths(outputs, z, slopes):
 
     PAPER: sec. 3.2, "perceptual path regularisation between the decoder input and ...". With the
     slopes ds/d image of projected features s (see `feature_slopes`), the chain rule gives
-    g = ds/dz, one vector per token. The length a is the root mean square, over tokens, of |g|. Over
-    directions, the mean of a^2 is (channels of z) x (mean squared entry of the maps' Jacobians).
+    g = ds/dz, one vector per token. The length a is the root mean square, over tokens, of |g|.
+    Averaged over directions, a^2 is (channels of z) x (mean squared entry of the maps' Jacobians).
 
     outputs: [(B, 3, h, w)], G's images of all scales, with a graph
     z:       (B, tokens, channels), the decoder input that `outputs` were computed from

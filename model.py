@@ -428,8 +428,8 @@ class MAE(ViT):
 class MSGMAE(MAE):
     """MSG-MAE: skip connections from encoder levels to decoder blocks. PAPER: sec. 3.3, Figure 1.
 
-    Multi-scale losses reach every decoder block. Without skips, their gradient enters the encoder,
-    the part that is kept, at one place: the decoder's input. Decoder block k > 1 takes its
+    Multi-scale losses act on the last decoder blocks. Without skips, their gradient enters the
+    encoder, the part that is kept, at one place: the decoder's input. Decoder block k > 1 takes its
     predecessor's map concatenated with an encoder level, brought back from 2d to d by one linear
     layer. The encoder is MAE's, under the same names.
     """
@@ -441,7 +441,7 @@ class MSGMAE(MAE):
         # PAPER SILENT: which levels, where encoder and decoder differ in depth. Evenly spaced,
         # deep to shallow, from the last but one to the first (the last is the decoder's input).
         # ViT-B's blocks 2 to 8 take levels 11, 9, 8, 6, 4, 3, 1.
-        # The authors' code: levels 11 to 5; the first four get no skip.
+        # The authors' code: levels 11 to 5; their levels 1 to 4 feed no block.
         steps = decoder_depth - 1
         self.skip_levels = [
             round(depth - 1 - i * (depth - 2) / max(1, steps - 1)) for i in range(steps)
@@ -459,8 +459,8 @@ class MSGMAE(MAE):
     def decoder_inputs(self, images, ids_keep, ids_restore):
         """-> [the decoder's input, then the skips of decoder blocks 2, 3, ...]."""
         tokens, skips = self.encode(images, ids_keep, self.skip_levels)
-        # PAPER SILENT: intermediate levels have no norm of their own; without one their size grows
-        # with depth, and `decoder_embed` is shared with the normalised last level.
+        # PAPER SILENT: are levels normalised? Their size grows with depth, and `decoder_embed` is
+        # made for the last level, which the final norm has normalised. So each is normalised here.
         skips = [F.layer_norm(x, x.shape[-1:]) for x in skips]
         return [self.to_decoder(x, ids_restore) for x in [tokens, *skips]]
 
@@ -493,7 +493,8 @@ class ConvDiscriminator(nn.Module):
     (as DCGAN does) until the side is below 8, doubling the channels each time; a linear layer on
     that last map gives the logit. No BatchNorm, which the authors' code has: statistics of real
     and reconstructed batches differ, so it hides brightness and contrast errors from phi. No
-    sigmoid, which their code has too: eq. 4 and 5 compare the output itself with 0 and 1.
+    sigmoid, which their code has too: eq. 4 and 5 compare the output itself with 0 and 1. At 224 px
+    and widths 64 to 512 it has 7.0 M parameters.
     """
 
     def __init__(self, image_size, channels=64, max_channels=512):
@@ -581,7 +582,7 @@ class MSGDiscriminator(nn.Module):
     convolution, so every scale of the decoder receives a gradient of its own.
 
     PAPER SILENT: minibatch deviation, which the authors' code and MSG-GAN have; here in
-    `StyleGAN2Discriminator` alone.
+    `StyleGAN2Discriminator` alone. At 224 px, widths 64 to 512 and five scales: 12.2 M parameters.
     """
 
     def __init__(self, image_size, scales, channels, max_channels):
@@ -1061,7 +1062,7 @@ class AdaAugment:
             return
         r = self.sign_sum / self.images
         rise = (r > self.target) - (r < self.target)  # 1, 0 or -1
-        # DIFFERS: p is also kept below 1; Karras et al. do not (no transform changes beyond 1).
+        # DIFFERS: p is also kept below 1; Karras et al. do not (above 1 nothing changes).
         self.p = min(max(self.p + rise * self.images / self.ramp_images, 0.0), 1.0)
         self.sign_sum, self.images, self.steps = 0.0, 0, 0
 

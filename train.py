@@ -85,7 +85,7 @@ def backward(run, images, mask_noise, seeds, *, eq3_on, share, args):
 
     # All other terms look at the reconstructions through another network. They look at detached
     # copies, so that D's own loss cannot reach G. The terms' gradient at the copies is passed on to
-    # G by hand, below.
+    # G by hand, below. PAPER SILENT: are the true visible patches pasted in? Here not, as in eq. 1.
     fakes = [x.detach().requires_grad_() for x in outputs]
     if run.disc is not None:
         # PAPER: sec. 3.2, ADA "is also applied to all samples", of rows that have it.
@@ -106,9 +106,9 @@ def backward(run, images, mask_noise, seeds, *, eq3_on, share, args):
         # images from reconstructions are those which G has to match.
         terms |= losses.perceptual_terms(phi_fake, phi_real, args.delta_f, args.delta_s)
 
-    # Eq. 6 is pixel + sum(terms). Its gradient is taken in two stages: that of the second part goes
-    # through D or phi, without touching their parameters' gradients, to the images; from there it
-    # goes on, with that of the pixel term, in one pass through the MAE.
+    # Eq. 6 is pixel + sum(terms). Its gradient is taken in two stages. First that of sum(terms) at
+    # the images, through D or phi, whose own gradients it leaves alone. Then both parts' together,
+    # in one pass through the MAE.
     image_grads = [torch.zeros_like(x) for x in fakes]  # DDP wants every output to have a gradient
     if terms:
         second_part = run.scaler_g.scale(sum(terms.values()) * share)
@@ -123,10 +123,10 @@ def backward(run, images, mask_noise, seeds, *, eq3_on, share, args):
     terms["pixel"] = pixel
 
     # D's gradient: from eq. 4 to its parameters, and no further.
-    # PAPER SILENT: how many updates D makes per update of G, and in which order; phi's weights. One
-    # each. Both gradients are taken at the same weights, so that one forward pass of D serves
-    # eq. 3, 4 and 5: eq. 3 compares two sets of features of the current D. (The authors take a
-    # copy, refreshed every five epochs.)
+    # PAPER SILENT: how many updates D makes per update of G, and in which order; phi's weights. D
+    # and G make one update each per step. Both gradients are taken at the same weights, so that one
+    # forward pass of D serves eq. 3, 4 and 5: eq. 3 compares two sets of features of the current D.
+    # (The authors take a copy, refreshed every five epochs.)
     if run.disc is not None:
         terms["discriminator"] = losses.lsgan_d_loss(logits_real, logits_fake)
         loss_d = run.scaler_d.scale(terms["discriminator"] * share)
@@ -162,9 +162,9 @@ def regularise(run, images, mask_noise, seeds, share, progress, args):
     backward pass. They run before `backward`. Its exchange between processes averages both
     gradients.
 
-    A run in bf16 computes them in bf16. That changes R1's gradient by 2 to 4 %; drawing another
-    batch of 32 changes it by 30 to 40 %. For path lengths: 4 to 9 %, and 90 to 160 %. A run in fp16
-    computes them in float32, since the small numbers of second derivatives vanish in fp16.
+    A run in bf16 computes them in bf16. That changes R1's gradient by 2 to 4 % and path lengths' by
+    4 to 9 %; another batch of 32 changes them by 30 to 40 % and 90 to 160 %. A run in fp16 computes
+    them in float32, since the small numbers of second derivatives vanish in fp16.
     """
     path, step, terms = LOSSES[args.loss]["path"], progress["step"], {}
     with run.autocast() if run.dtype == torch.bfloat16 else nullcontext():
@@ -185,9 +185,9 @@ def regularise_path(run, images, mask_noise, seeds, share, progress, args):
     the batch and every 4 steps, as StyleGAN2, since a backward pass through a backward pass costs
     much; D sees the reconstruction augmented, as everything it sees; the penalty reaches G alone.
     PAPER SILENT: the weight. StyleGAN2's 2 belongs to another unit, see `path_length_penalty`. Ours
-    is the strongest that costs nothing: in runs of 30,000 images the linear probe moves by -.2 +-
-    .4 points against 0, k-NN by -.1 +- .2 (three seeds), and lengths vary 7 % less from image to
-    image. The term is then 1/500 of G's loss. At .02, 1/100, both probes lose 1.3 points.
+    is the largest that did not lower the probes. In runs of 30,000 images the linear probe moves by
+    -.2 +- .4 points against weight 0, k-NN by -.1 +- .2 (three seeds). Lengths vary 7 % less from
+    image to image. The term is 1/500 of G's loss. At .02, 1/100, both probes lose 1.3 points.
     """
     mae, disc = unwrap(run.mae), unwrap(run.disc)
     images, mask_noise, seeds = (x[: (len(x) + 1) // 2] for x in (images, mask_noise, seeds))
@@ -326,7 +326,7 @@ def pretrain(args, device):
         bar, stream, clock = progress_bar(sampler, args), iter(loader), time.perf_counter()
 
         while batches := list(itertools.islice(stream, args.accum)):  # one step
-            # 1. Learning rates of both players; one schedule, two peaks.
+            # 1. Learning rates of both players. PAPER SILENT: D's schedule. G's, with its own peak.
             position = (epoch - 1) * sampler.steps + progress["epoch_step"]
             warmup, total = args.warmup_epochs * sampler.steps, args.epochs * sampler.steps
             lr = learning_rate(position, warmup, total, args.lr)
@@ -613,7 +613,7 @@ def scaler(device, dtype):
 # ---- Networks and optimisers ---------------------------------------------------------------------
 
 # PAPER SILENT: D's Adam, (learning rate, betas) by kind of D. StyleGAN2-ADA's own where weights are
-# N(0, 1); otherwise what LS-GANs commonly use. Unlike G's, the rate does not grow with the batch.
+# N(0, 1); otherwise what LS-GANs commonly use. The rate does not grow with the batch, as G's does.
 # (--d-lr, --d-betas)
 D_ADAM = {
     "conv": (2e-4, (0.5, 0.99)),
@@ -1032,7 +1032,7 @@ def agree(run, terms, batches, signalled, progress, dataset):
     """Share what the processes saw in a step, so that all of them act alike.
 
     terms: {name: scalar} of this process. Returns ({name: mean over processes}, has any process
-    been told to stop). In fp16 the former holds scale, or scale_g and scale_d, too.
+    been told to stop). In fp16 the means also hold the scalers' scales.
     """
     # What fp16's scalers multiply by; read here, where the CPU waits for the GPU anyway.
     one = torch.ones((), device=run.device)
@@ -1443,11 +1443,12 @@ SAMPLE_FLAGS = (
     ("--jitter", NUMBER, 0.4, "colour jitter; 0 = none"),
 )
 # PAPER SILENT: it contradicts itself on epochs of ViT-L (1600 or 1200), batch (16 or 32) and Adam's
-# second beta (.95 or .999), and does not say whether the learning rate scales with the batch. Ours:
-# 300 epochs for any model, 32 per process, MAE's .95, and MAE's linear scaling.
+# second beta (.95 or .999), and does not say whether the learning rate scales with the batch, or
+# warm-up with the epochs. Ours: 300 epochs for any model, 32 per process, MAE's .95, and MAE's
+# linear scaling; warm-up has the same part of any number of epochs.
 OPTIMISER_FLAGS = (
     ("--epochs", COUNT, 300, "paper: 300 (base)"),
-    ("--warmup-epochs", NUMBER, None, "None = 40/300 of the epochs, as the paper"),
+    ("--warmup-epochs", NUMBER, None, "None = 40/300 of the epochs; paper: 40 of 300 (base)"),
     *BATCH_FLAGS,
     ("--blr", POSITIVE, 1.5e-4, "learning rate for 256 images per step; scales with them"),
     ("--betas", (NUMBER, NUMBER), [0.9, 0.95], "of AdamW"),

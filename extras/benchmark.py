@@ -10,8 +10,7 @@ other flags are those of what is timed: train.py's or extras/siblings.py's with 
 finetune.py, extras/detect.py or extras/segment.py with --task (there --checkpoint none, random
 weights, unless given). Prints one JSON line: seconds per step, images per second, peak memory,
 parameters; --loss all a table, from a process for each row. Table 4's 113 M and 119 M parameters
-are G's. Ours, positions included: 111.9 M and 115.7 M (the authors' heads of small scales are
-larger).
+fit G alone. Ours: 111.7 M and 115.5 M (the authors' heads of small scales are larger).
 
 With --loss the perceptual term, eq. 3, is on; ADA is at p = .5 unless --ada-p says otherwise, since
 it costs nothing at the p = 0 of a start; weights of phi and of a teacher that are not given are
