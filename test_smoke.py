@@ -1533,7 +1533,8 @@ def test_every_row_learns_a_batch_by_heart():
 
 
 def test_adversarial_weight_is_the_rows_own_unless_given():
-    for loss, weight in (("ls_gan", 1.0), ("ls_gan_p", 1.0), ("msg_gan", 0.1), ("msg_gan_p", 0.1)):
+    weights = {"ls_gan": 1, "ls_gan_p": 1, "msg_gan": 0.1, "msg_gan_p": 0.1, "stylegan2_ada_p": 1}
+    for loss, weight in weights.items():
         for flags, factor in (([], weight), (["--adversarial-weight", "0.7"], 0.7)):
             run, args = tiny_run("--loss", loss, *flags)
             term = backward(run, tiny_batch(), False, args)["adversarial"]
