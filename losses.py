@@ -158,10 +158,11 @@ def ms_ssim_l1(reconstruction, images, alpha=0.85, scales=4):
     """Multi-scale SSIM + L1. PAPER: eq. 2, mean over the scales of alpha (1 - SSIM) / 2 + (1 -
     alpha) L1, with 3 x 3 mean windows; alpha .85, 4 scales.
 
-    PAPER SILENT: (1 - alpha) L1 takes the place of eq. 1's L1, at every scale, like SSIM; each
-    scale halves the last by averaging; windows stay inside the image; images are in [0, 1] (the
-    authors' code sums over the scales, and feeds ImageNet-normalised images to constants made for
-    [0, 1]).
+    PAPER SILENT: eq. 2 sums over pixels and divides by scales alone; here pixels are averaged, too.
+    Each scale has the whole SSIM (MS-SSIM as published multiplies its parts). (1 - alpha) L1 takes
+    the place of eq. 1's L1, at every scale; each scale halves the last by averaging; windows stay
+    inside the image; images are in [0, 1] (the authors' code sums over the scales, and feeds
+    ImageNet-normalised images to constants made for [0, 1]).
     ValueError if the coarsest scale is smaller than a window.
     """
     smallest = min(images.shape[2:]) >> (scales - 1)

@@ -391,7 +391,8 @@ class MAE(ViT):
         """Encoder tokens (B, 1 + K, C) -> the decoder's (B, 1 + N, d), mask tokens where hidden.
 
         PAPER: sec. 3.3, "mask tokens are added to the encoder feature maps of dimension d along
-        with positional embeddings".
+        with positional embeddings". PAPER SILENT: one each per level? All share one projection to
+        d, one mask token and one set of positions.
         """
         x = self.decoder_embed(x)  # (B, 1 + K, d)
         return with_mask_tokens(x, self.mask_token, ids_restore) + self.decoder_pos_embed
@@ -515,6 +516,7 @@ class ConvDiscriminator(nn.Module):
         """images: list of (B, 3, h, w) in [0, 1], finest first; only the finest is looked at.
 
         Returns (logits (B,), feature maps phi^1..phi^J, each (B, C_j, h_j, w_j)).
+        PAPER SILENT: which of D's layers are phi. All but the last, after their activation.
         """
         check_pyramid(images, self.image_size)
         x = images[0] * 2 - 1
@@ -624,8 +626,8 @@ class MSGDiscriminator(nn.Module):
     def forward(self, images):
         """[(B, 3, h, w)] in [0, 1], finest first -> logits (B,), [(B, C_j, h_j, w_j)].
 
-        PAPER SILENT: which of D's layers are phi. The map at the end of each block, before the
-        next smaller image is concatenated to it.
+        PAPER SILENT: which of D's layers are phi. The map at the end of each block, after its
+        activation, before the next smaller image is concatenated to it.
         """
         check_pyramid(images, self.image_size)
         images = [2 * x - 1 for x in images]  # to [-1, 1]
@@ -781,6 +783,11 @@ class StyleGAN2Discriminator(nn.Module):
     224 ... 7) it has 27.7 M parameters with one scale and 28.6 M with five. Train it with Adam,
     betas (0, 0.99). StyleGAN2-ADA's rate is 0.0025, since weights are N(0, 1), not
     N(0, 1 / fan_in); beside an autoencoder, 1e-4 did better.
+
+    PAPER: sec. 3.2, "all modifications made to the discriminator in the StyleGANv2-ADA paper", and
+    "the loss function remains unchanged". Taken: residual blocks, equalised learning rate, blur
+    before pooling, minibatch deviation, ADA. Not: its logistic loss; R1, unless --r1-gamma is
+    given; its condition on classes.
     """
 
     # DIFFERS: under autocast all blocks run in half precision, not only the four largest maps;
@@ -992,7 +999,7 @@ class AdaAugment:
         interval=4,  # steps between two changes of p
         fixed_p=None,  # a constant p instead
     ):
-        # PAPER SILENT: the transforms, target and speed. All as in Karras et al. 2020.
+        # PAPER SILENT: the transforms, target and speed. As in Karras et al. 2020, but see `warp`.
         self.target, self.ramp_images, self.interval = target, ramp_images, interval
         self.fixed_p = fixed_p
         # Plain numbers: what is drawn on the CPU must not wait for a GPU to say what p is.

@@ -43,9 +43,10 @@ def group_norm(channels):
 class FeaturePyramid(nn.Module):
     """A ViT's levels as four maps, their cells 1/4, 1/2, 1 and 2 patches wide (4 to 32 px of 16).
 
-    PAPER: supplement A.2. A ViT has one scale; levels [0, 4, 8, 12] of its 12 blocks are resampled
-    to the four of a convolutional network, "bilinear interpolation is used with a scale factor of
-    two (if required) followed by a 3x3 convolution"; down, "a 3x3 convolution" (here of stride 2).
+    PAPER: supplement A.2. A ViT has one scale; levels [0, 4, 8, 12] of its 12 blocks (0 is what the
+    first takes) are resampled to the four of a convolutional network, "bilinear interpolation is
+    used with a scale factor of two (if required) followed by a 3x3 convolution"; down, "a 3x3
+    convolution" (here of stride 2).
     Sec. 4 speaks of "intermediate feature maps of MSG-MAE": of its encoder, as for any other row.
     PAPER SILENT: which level gives which map (early ones the fine maps); one convolution per
     factor of two; its width, `width` from the first on, since the ViT's own would cost more than
