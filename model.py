@@ -785,8 +785,8 @@ class StyleGAN2Discriminator(nn.Module):
     N(0, 1 / fan_in); beside an autoencoder, 1e-4 did better.
 
     PAPER: sec. 3.2, "all modifications made to the discriminator in the StyleGANv2-ADA paper", and
-    "the loss function remains unchanged". Taken: residual blocks, equalised learning rate, blur
-    before pooling, minibatch deviation, ADA. Not: its logistic loss; R1, unless --r1-gamma is
+    "the loss function [...] remains unchanged". Taken: residual blocks, equalised learning rate,
+    blur before pooling, minibatch deviation, ADA. Not: its logistic loss; R1, unless --r1-gamma is
     given; its condition on classes.
     """
 
@@ -811,7 +811,7 @@ class StyleGAN2Discriminator(nn.Module):
     def forward(self, images):
         """[(B, 3, h, w)] in [0, 1], finest first -> logits (B,), [(B, C_j, h_j, w_j)].
 
-        phi: see `MSGDiscriminator.forward`.
+        PAPER SILENT: phi. Each block's sum of its two branches, before the next image joins.
         """
         check_pyramid(images, self.image_size)
         images = [2 * x - 1 for x in images]  # to [-1, 1]
@@ -999,7 +999,8 @@ class AdaAugment:
         interval=4,  # steps between two changes of p
         fixed_p=None,  # a constant p instead
     ):
-        # PAPER SILENT: the transforms, target and speed. As in Karras et al. 2020, but see `warp`.
+        # PAPER SILENT: transforms, target, speed. As Karras et al. 2020, who take eight geometric
+        # and five colour ones ("bgc"), and neither filters, nor noise, nor cutout. But see `warp`.
         self.target, self.ramp_images, self.interval = target, ramp_images, interval
         self.fixed_p = fixed_p
         # Plain numbers: what is drawn on the CPU must not wait for a GPU to say what p is.

@@ -186,9 +186,9 @@ def regularise_path(run, images, mask_noise, seeds, share, progress, args):
     much; D sees the reconstruction augmented, as everything it sees; the penalty reaches G alone.
     PAPER SILENT: the weight. StyleGAN2's 2 belongs to another unit, see `path_length_penalty`. Ours
     is the largest that did not lower the probes. In runs of 30,000 images the linear probe moves by
-    -.2 +- .4 points against weight 0, k-NN by -.1 +- .2 (three seeds; --adversarial-weight .1,
-    --d-lr 2.5e-3). Lengths vary 7 % less from image to image. The term is 1/500 of G's loss. At
-    .02, 1/100, both probes lose 1.3 points.
+    -.2 +- .4 points against weight 0, k-NN by -.1 +- .2 (three seeds). Lengths vary 7 % less from
+    image to image. The term is 1/500 of G's loss. At .02, 1/100, both probes lose 1.3 points. (With
+    --adversarial-weight .1 --d-lr 2.5e-3; not measured again with the present ones.)
     """
     mae, disc = unwrap(run.mae), unwrap(run.disc)
     images, mask_noise, seeds = (x[: (len(x) + 1) // 2] for x in (images, mask_noise, seeds))
