@@ -756,7 +756,7 @@ OPTIMISER_FLAGS = (
 def build_parser():
     """Every flag of finetune.py; `--help` is the manual.
 
-    The defaults are the supplement's Table 2, but for what TASKS says.
+    The defaults are the supplement's Table 2, but for what TASKS and OPTIMISER_FLAGS say.
     """
     parser = argparse.ArgumentParser(
         description="Classify with a pre-trained encoder: what is it worth?",

@@ -155,8 +155,8 @@ def ssim_map(x, y, window):
 
 
 def ms_ssim_l1(reconstruction, images, alpha=0.85, scales=4):
-    """Multi-scale SSIM + L1. PAPER: eq. 2, mean over the scales of alpha (1 - SSIM) / 2 + (1 -
-    alpha) L1, with 3 x 3 mean windows; alpha .85, 4 scales.
+    """Multi-scale SSIM + L1. PAPER: eq. 2 and the text below it, mean over the scales of
+    alpha (1 - SSIM) / 2 + (1 - alpha) L1, with 3 x 3 mean windows; alpha .85, 4 scales.
 
     PAPER SILENT: eq. 2 sums over pixels and divides by scales alone; here pixels are averaged, too.
     Each scale has the whole SSIM (MS-SSIM as published multiplies its parts). (1 - alpha) L1 takes

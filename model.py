@@ -786,8 +786,8 @@ class StyleGAN2Discriminator(nn.Module):
 
     PAPER: sec. 3.2, "all modifications made to the discriminator in the StyleGANv2-ADA paper", and
     "the loss function [...] remains unchanged". Taken: residual blocks, equalised learning rate,
-    blur before pooling, minibatch deviation, ADA. Not: its logistic loss; R1, unless --r1-gamma is
-    given; its condition on classes.
+    blurred strided convolutions, minibatch deviation, ADA. Not: its logistic loss; R1, unless
+    --r1-gamma is given; its condition on classes.
     """
 
     # DIFFERS: under autocast all blocks run in half precision, not only the four largest maps;
