@@ -2369,6 +2369,7 @@ def test_a_run_killed_and_one_told_to_stop_are_restarted_and_end_like_one_never_
         flags = ["train.py", *FAST, "--workers", 2]
         # The row with the most state: ADA's p, the running mean of path lengths.
         flags += ["--loss", "stylegan2_ada_p", "--ada-images", 500, "--ada-target=-0.9"]
+        flags += ["--d-lr", 2.5e-3]  # D is soon sure of itself, so that p moves
         flags += ["--limit-images", 80, "--epochs", 2, "--save-steps", 7]
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
         broken = launch(*torchrun, "--max-restarts=2", *flags, "--out", folder / "twice")
