@@ -2209,7 +2209,7 @@ def test_a_folder_belongs_to_one_live_run_and_is_taken_over_from_a_dead_one():
         other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
         lock = out / "lock.json"
         lock.write_text(json.dumps({"host": socket.gethostname(), "process": other.pid}))
-        refused(*flags, names=["in use by process", str(other.pid), "--out"])
+        refused(*flags, names=["in use by process", str(other.pid), "--out", "delete"])
         other.communicate(b"\n")
         said = []
         with mock.patch.object(train, "say", said.append):

@@ -829,7 +829,10 @@ def lock_output(out):
             lives = silent < LOCK_SECONDS
         holder = f"process {theirs['process']} on {theirs['host']}"
         if lives:
-            fail(f"{out} is in use by {holder}: name another --out, or stop that run first")
+            fail(
+                f"{out} is in use by {holder}: name another --out, or stop that run first; if that "
+                f"process is another program, delete {path}"
+            )
         say(f"{out}: taken over from {holder}, which is gone")
     with writing(path):
         path.write_text(json.dumps(mine))
