@@ -6,7 +6,7 @@
     python finetune.py --eval --checkpoint runs/mse/finetune/best.pt
     python finetune.py --predict photo.jpg --checkpoint runs/mse/finetune/best.pt
 
---task linear and finetune are sec. 4 of the paper ("Fine-tuning") and its Table 2; knn and logistic
+--task linear and finetune are sec. 5.1 and 4 of the paper and its Table 2; knn and logistic
 measure features computed once, without augmentation. In order: what a step minimises, the loop,
 network and optimiser; accuracy; k-NN and logistic regression; then, under a banner, checkpoints,
 data, command line. What keeps a run alive (processes, precision, checkpoints) is train.py's.
@@ -99,7 +99,7 @@ def train_network(run, train_set, val_set, args):
 
     run: from `build_run`. best: highest `run.score`, top-1 for instance, in per cent. The loop is
     that of train.py's `pretrain`, with one player. But each epoch is saved first and measured then,
-    since measuring may take long. A run that was stopped while it measured begins with that.
+    since measuring may take long. A run that was killed while it measured begins with that.
     """
     run.network.train()
     val = (shard(val_set, args), [])  # and the unreadable ones among its images
@@ -107,7 +107,7 @@ def train_network(run, train_set, val_set, args):
     if nothing_left := train.finished(progress, args):
         say(nothing_left)
         return 0, progress["best"]
-    stop, stopping = train.catch_stop_signals(), False
+    stop, told, stopping = train.catch_stop_signals(), False, False
 
     while progress["epoch"] <= args.epochs and not stopping:
         run.epoch = epoch = progress["epoch"]
@@ -122,11 +122,11 @@ def train_network(run, train_set, val_set, args):
             lr = train.learning_rate(position, warmup, total, args.lr)
             train.set_rate(run.opt, lr)
             terms = step_gradients(run, batches, progress, args)
-            means, stopping = train.agree(run, terms, batches, stop["signal"], progress, train_set)
+            means, told = train.agree(run, terms, batches, stop["signal"], progress, train_set)
             finite = math.isfinite(means["loss"])
             update(run, apply=finite)
             clock = train.book_step(progress, means, finite, lr, clock, bar, args)
-            stopping = stopping or progress["step"] == args.steps
+            stopping = told or progress["step"] == args.steps
             due = train.save_is_due(progress, stopping, args)
             if progress["epoch_step"] == sampler.steps:
                 due = due or epoch % args.save_every == 0 or epoch == args.epochs
@@ -136,12 +136,12 @@ def train_network(run, train_set, val_set, args):
                 break
 
         bar.close()
-        if progress["epoch_step"] == sampler.steps and not stop["signal"]:
+        if progress["epoch_step"] == sampler.steps and not told:  # what all processes know
             finish_epoch(run, progress, val, args)  # measures, logs, keeps the best; moves on
             if due:
                 train.save_checkpoint(Path(args.out) / "checkpoint.pt", run, progress, args)
-    say(train.ending(stopping, progress, args))
-    return stop["signal"], progress["best"]
+    say(train.ending(progress, args))
+    return train.stopped_by(stop, progress, args), progress["best"]
 
 
 def finish_epoch(run, progress, val, args):

@@ -216,7 +216,10 @@ def pixel_loss(kind, fakes, reals, mask, *, patch_size, norm_pix=False, alpha=0.
 
 
 def gram(features):
-    """Gram matrix Psi (Johnson et al. 2016): X X^T / (C H W) of X (C, H W), for each sample.
+    """Gram matrix Psi: X X^T / (C H W) of X (C, H W), for each sample.
+
+    PAPER SILENT: its scale. Eq. 3 cites Gatys et al., who do not divide; Johnson et al. 2016 and
+    the authors' code do, as here.
 
     (B, C, H, W) -> (B, C, C), in float32. Autocast is off: it would run the product in fp16, where
     the diagonal overflows, whatever the type of its inputs.
@@ -243,8 +246,9 @@ def style_loss(features_fake, features_real):
     """Second sum of eq. 3: sum over layers of the mean |Psi(phi^j(G(I_m))) - Psi(phi^j(I))|.
 
     PAPER SILENT: N_j, "the number of elements in each layer", is here the number of elements of
-    what is compared, C_j^2 for a Gram matrix. Taking C_j H_j W_j for it would multiply layer j's
-    weight by C_j / (H_j W_j): at 224 px by .005 in the first layer, by 10 in the last.
+    what is compared, C_j^2 for a Gram matrix, as in the authors' code. Taking C_j H_j W_j for it
+    would multiply layer j's weight by C_j / (H_j W_j): at 224 px by .005 in the first layer, by 10
+    in the last.
     """
     pairs = zip(features_fake, features_real, strict=True)
     return sum(F.l1_loss(gram(fake), gram(real.detach())) for fake, real in pairs)
@@ -292,7 +296,7 @@ def r1_penalty(logits_real, reals):
     logits_real: (B,), computed from `reals`; reals: [(B, 3, h, w)], one leaf per scale with
     requires_grad, as they were before augmentation. Returns: scalar, the mean over batch and
     scales of ||d logit / d image||^2, ready for backward (create_graph).
-    Compute logits in float32, autocast off: in fp16 the second derivative is mostly rounding.
+    Compute logits in float32 or bf16: in fp16 the second derivative is mostly rounding.
     """
     grads = torch.autograd.grad(logits_real.sum(), reals, create_graph=True)
     # PAPER SILENT: R1 on a pyramid. Mean over scales, as in MSG-GAN's StyleGAN version. Gammas

@@ -1555,6 +1555,9 @@ def test_learning_rate_follows_the_schedule():
     # PAPER: batch 32 on 8 GPUs and 40 of 300 warm-up epochs give 1.5e-4
     args = train.parse_args(["--batch-size", "256"])
     assert math.isclose(args.lr, 1.5e-4) and args.warmup_epochs == 40
+    for epochs, warmup in ((1600, 40), (30, 4)):  # PAPER: ViT-L's 1600 epochs have 40, too
+        args = train.parse_args(["--epochs", str(epochs)])
+        assert math.isclose(args.warmup_epochs, warmup)
 
 
 def test_a_discriminator_at_rate_0_stays_as_drawn_while_g_learns_from_its_features():
@@ -3220,6 +3223,37 @@ def test_a_run_that_ends_while_it_is_measured_has_saved_and_measures_when_it_goe
         for a, b in zip(once, twice, strict=True):
             assert all(a[k] == b[k] for k in ("epoch", "lr", "loss", "top1", "val_loss")), (a, b)
         same_weights(root / "once", root / "twice")
+
+
+@contextlib.contextmanager
+def signal_in_step(script, number):
+    """SIGTERM comes at the end of a script's step, when its processes have shared their signals."""
+    update, bar, steps, epochs = script.update, train.progress_bar, iter(range(1, 9)), iter("123")
+
+    def signalled(run, apply):
+        update(run, apply)
+        if next(steps) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def counted(*args):
+        next(epochs)  # ends a loop without end
+        return bar(*args)
+
+    with mock.patch.object(script, "update", signalled):
+        with mock.patch.object(train, "progress_bar", counted):
+            yield
+
+
+def test_a_stop_signal_after_the_last_step_of_an_epoch_is_heeded_once_it_is_measured():
+    probe = [*RANDOM, *PROBE, "--task", "linear", "--limit-images", 8, "--lr", 1e-3]
+    for script, flags in ((train, [*FAST, "--limit-images", 8]), (finetune, probe)):
+        # Of two epochs of two steps: the last step of the first, then that of the second.
+        for step, status, place in ((2, 128 + signal.SIGTERM, (2, 1)), (4, 0, (3, 0))):
+            with scratch() as out, signal_in_step(script, step):
+                assert command(*flags, "--epochs", 2, "--out", out, script=script)[0] == status
+                progress = kept_in(out)["progress"]
+                assert (progress["epoch"], progress["epoch_step"]) == place
+                assert len(log_of(out)) == place[0] - 1
 
 
 def test_a_probe_and_fine_tuning_learn_colours():

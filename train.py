@@ -366,8 +366,8 @@ def pretrain(args, device):
                 save_checkpoint(Path(args.out) / "checkpoint.pt", run, progress, args)
     if stopping and not ended:
         draw_samples("stopped", run, validation_part, args)
-    say(ending(stopping, progress, args))
-    return stop["signal"]
+    say(ending(progress, args))
+    return stopped_by(stop, progress, args)
 
 
 # ==================================================================================================
@@ -613,13 +613,13 @@ def scaler(device, dtype):
 
 # ---- Networks and optimisers ---------------------------------------------------------------------
 
-# PAPER SILENT: D's Adam, (learning rate, betas) by kind of D: what LS-GANs commonly use; for
-# "stylegan2" StyleGAN2-ADA's betas, but not its rate, 2.5e-3. With that, and the paper's weight of
-# eq. 5, D wins at once: after 30,000 CIFAR-10 images it is right on .85 of the real ones and .94 of
-# the reconstructions, and the linear probe (37 %) is below random weights' (44). With 1e-4 D is
-# right on .3 and .5, a little behind G, and the probe is at 48.9. The rate is fixed: with G's at
-# 3e-4 instead of 1e-3, D's 1e-4 keeps that balance, and 3e-5 loses it (.14 and .3).
-# (--d-lr, --d-betas)
+# PAPER SILENT: D's Adam, (learning rate, betas) by kind of D: rate and first beta as LS-GANs
+# commonly have them, StyleGAN's second; for "stylegan2" StyleGAN2-ADA's betas, but not its rate,
+# 2.5e-3. With that, and the paper's weight of eq. 5, D wins at once: after 30,000 CIFAR-10 images
+# it is right on .85 of the real ones and .94 of the reconstructions, and the linear probe (37 %) is
+# below random weights' (44). With 1e-4 D is right on .3 and .5, a little behind G, and the probe is
+# at 48.9. The rate is fixed: with G's at 3e-4 instead of 1e-3, D's 1e-4 keeps that balance, and
+# 3e-5 loses it (.14 and .3). (--d-lr, --d-betas)
 D_ADAM = {
     "conv": (2e-4, (0.5, 0.99)),
     "msg": (2e-4, (0.5, 0.99)),
@@ -1016,9 +1016,14 @@ def finished(progress, args):
     return ""
 
 
-def ending(stopping, progress, args):
+def stopped_by(stop, progress, args):
+    """The signal that ended a run before all of its epochs were done, or 0."""
+    return stop["signal"] if progress["epoch"] <= args.epochs else 0
+
+
+def ending(progress, args):
     """The last line of a run."""
-    if not stopping:
+    if progress["epoch"] > args.epochs:
         return f"done: results are in {args.out}"
     change = []
     if args.steps and progress["step"] >= args.steps:
@@ -1451,12 +1456,12 @@ SAMPLE_FLAGS = (
     ("--jitter", NUMBER, 0.4, "colour jitter; 0 = none"),
 )
 # PAPER SILENT: it contradicts itself on epochs of ViT-L (1600 or 1200), batch (16 or 32) and Adam's
-# second beta (.95 or .999), and does not say whether the learning rate scales with the batch, or
-# warm-up with the epochs. Ours: 300 epochs for any model, 32 per process, MAE's .95, and MAE's
-# linear scaling; warm-up has the same part of any number of epochs.
+# second beta (.95 or .999), and does not say whether the learning rate scales with the batch. Ours:
+# 300 epochs for any model, 32 per process, MAE's .95, and MAE's linear scaling. Runs of less than
+# 300 epochs, which it does not have, warm up for the same part of them, 40/300.
 OPTIMISER_FLAGS = (
     ("--epochs", COUNT, 300, "paper: 300 (base)"),
-    ("--warmup-epochs", NUMBER, None, "None = 40/300 of the epochs; paper: 40 of 300 (base)"),
+    ("--warmup-epochs", NUMBER, None, "None = 40, or 40/300 of fewer than 300 epochs; paper: 40"),
     *BATCH_FLAGS,
     ("--blr", POSITIVE, 1.5e-4, "learning rate for 256 images per step; scales with them"),
     ("--betas", (NUMBER, NUMBER), [0.9, 0.95], "of AdamW"),
@@ -1569,7 +1574,7 @@ def parse_args(argv=None):
 def settle(args):
     """Fill in what follows from other flags of NETWORK_, SAMPLE_ and OPTIMISER_FLAGS, and check."""
     if args.warmup_epochs is None:
-        args.warmup_epochs = args.epochs * 40 / 300
+        args.warmup_epochs = min(40, args.epochs * 40 / 300)
     args.lr = args.lr or args.blr * images_per_step(args) / 256
     args.out = args.out or f"runs/{args.loss}"
     args.seen = [[folder_of(args.data), args.seed]]  # see `seen_by`

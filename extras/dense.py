@@ -47,8 +47,8 @@ class FeaturePyramid(nn.Module):
     first takes) are resampled to the four of a convolutional network, "bilinear interpolation is
     used with a scale factor of two (if required) followed by a 3x3 convolution"; down, "a 3x3
     convolution" (here of stride 2).
-    Sec. 4 speaks of "intermediate feature maps of MSG-MAE": of its encoder, as for any other row.
-    PAPER SILENT: which level gives which map (early ones the fine maps); one convolution per
+    PAPER SILENT: which are sec. 4's "intermediate feature maps of MSG-MAE" (its encoder's, as for
+    any other row); which level gives which map (early ones the fine maps); one convolution per
     factor of two; its width, `width` from the first on, since the ViT's own would cost more than
     the encoder (for ViT-B at 224 px 25 against 17 billion multiplications; at 256 channels 5); a
     norm per level. The last level's norm is the encoder's own, pre-trained.
@@ -423,8 +423,11 @@ def build_parser(task, *, what, layout, width, scales, fits, layer_decay):
 
     PAPER SILENT: settings of both tasks beyond rates, decay and epochs, which sec. 4 and Table 2
     give for "all fine-tuned models". Ours: ViTDet's and MMSegmentation's layer-wise decay for
-    ViT-B, both their stochastic depth, and the widths of both their heads. The input size, too: the
-    checkpoint's (pre-training: 224 px), unless --image-size; the field has 1024 and 512 px.
+    ViT-B, and both their stochastic depth; ViTDet's width of heads, and UperNet's usual 512
+    (MMSegmentation's for MAE's ViT-B: 768). The input size, too: the checkpoint's (pre-training:
+    224 px), unless --image-size; the field has 1024 and 512 px.
+    DIFFERS: supplement, Table 2, has mixup, cutmix, RandAug and label smoothing for "downstream
+    datasets". They are taken for classification's alone.
     """
     parser = argparse.ArgumentParser(
         description=f"{what} with a pre-trained encoder.",

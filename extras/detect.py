@@ -116,9 +116,9 @@ class Detector(dense.FeaturePyramid):
     torchvision's; the model around them is ours: torchvision's resizes images, and pastes masks
     half a pixel off. RoI pooling infers the scales of its maps from the first batch, which is safe
     only because `maps` refuses all image sizes but one. To copy: needs torchvision too.
-    PAPER SILENT: width of the FPN (256, its own), norm (GroupNorm), and the heads' depth: an RPN of
-    two convolutions, a box head of four and a linear layer, as detectors with a plain ViT have
-    them (Li et al. 2021, ViTDet).
+    PAPER SILENT: width of the FPN (256, its own) and norm (GroupNorm). DIFFERS: an RPN of two
+    convolutions, a box head of four and a linear layer, as detectors with a plain ViT have them (Li
+    et al. 2021, ViTDet). The original's have one convolution, and two linear layers.
     """
 
     def __init__(self, encoder, classes, width):
@@ -333,7 +333,7 @@ class DetectionSet(dense.DenseSet):
     "masks" (N, S, S) bool, "outlined" (N,) bool}, boxes around what is left of the masks, groups
     (crowd) left out.
 
-    PAPER SILENT: augmentation. Scale jitter of .1 to 2, where 1 makes the longer side S, crops,
+    PAPER SILENT: scales and crops. Scale jitter of .1 to 2, where 1 makes the longer side S, crops,
     flips, as in Li et al. 2021 and ViTDet.
     """
 

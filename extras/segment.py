@@ -277,7 +277,7 @@ class SegmentationSet(dense.DenseSet):
     Evaluation: under "map", and with slide=True "whole", the image with its shorter side resized to
     S, or its longer one to 4 S if that is less, (3, h, w).
 
-    PAPER SILENT: augmentation. Shorter side S times .5 to 2, crops, flips, colours, as in
+    PAPER SILENT: scales and crops. Shorter side S times .5 to 2, crops, flips, colours, as in
     MMSegmentation, but no second try where one class fills a crop.
     """
 
