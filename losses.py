@@ -158,11 +158,11 @@ def ms_ssim_l1(reconstruction, images, alpha=0.85, scales=4):
     """Multi-scale SSIM + L1. PAPER: eq. 2 and the text below it, mean over the scales of
     alpha (1 - SSIM) / 2 + (1 - alpha) L1, with 3 x 3 mean windows; alpha .85, 4 scales.
 
-    PAPER SILENT: eq. 2 sums over pixels and divides by scales alone; here pixels are averaged, too.
-    Each scale has the whole SSIM (MS-SSIM as published multiplies its parts). (1 - alpha) L1 takes
-    the place of eq. 1's L1, at every scale; each scale halves the last by averaging; windows stay
-    inside the image; images are in [0, 1] (the authors' code sums over the scales, and feeds
-    ImageNet-normalised images to constants made for [0, 1]).
+    PAPER SILENT: eq. 2 sums over pixels and divides by scales alone; here pixels, those of visible
+    patches included, are averaged, too. Each scale has the whole SSIM (MS-SSIM as published
+    multiplies its parts). (1 - alpha) L1 takes the place of eq. 1's L1, at every scale; each scale
+    halves the last by averaging; windows stay inside the image; images are in [0, 1] (the authors'
+    code sums over the scales, and feeds ImageNet-normalised images to constants made for [0, 1]).
     ValueError if the coarsest scale is smaller than a window.
     """
     smallest = min(images.shape[2:]) >> (scales - 1)
@@ -255,9 +255,12 @@ def style_loss(features_fake, features_real):
 
 
 def perceptual_terms(features_fake, features_real, delta_f=0.05, delta_s=40.0):
-    """L_feat^G. PAPER: eq. 3, with the weights of sec. 4: delta_f .05, delta_s 40. PAPER SILENT:
-    sec. 4 calls delta_s the smaller one, but gives 40. Ours is 40. (--delta-f, --delta-s) In
-    `msg_gan_p`, after 24,000 CIFAR-10 images, the two terms are .02 and .1 beside an L1 of .35.
+    """L_feat^G. PAPER: eq. 3, with the weights of sec. 4: delta_f .05, delta_s 40.
+
+    PAPER SILENT: sec. 4 calls delta_s the smaller one, but gives 40. Ours is 40. (--delta-f,
+    --delta-s) It wants "to focus learning on the perceptual term". Here pixels lead: in
+    `msg_gan_p`, `tiny` model, after 24,000 CIFAR-10 images, the two terms are .02 and .1 beside an
+    L1 of .35.
 
     features_fake, features_real: [phi^1, ..., phi^J] of G(I_m) and of I, from the same phi.
     Returns its two weighted sums by name: {"feature": scalar, "style": scalar}.
@@ -396,8 +399,9 @@ def image_quality(fake, real, hidden):
     (dB) and ssim_... are of the whole image: "full" as predicted, "pasted" with the true visible
     patches. psnr is of the hidden pixels; ssim, of the windows of the pasted image that are centred
     on them; psnr_mean_fill, of hidden pixels painted in the mean visible colour. Reconstructions
-    have 8 bits, as when written to a file. PAPER SILENT: which of these Table 1 gives, and the unit
-    of its PSNR: .38 to .58 are no dB.
+    have 8 bits, as when written to a file. PAPER SILENT: which of these Table 1 gives; the unit of
+    its L1, and of its PSNR (.38 to .58 are no dB); whether its SSIM has several scales, as in the
+    work that it cites. Ours has one, see `ssim`.
     """
     fake = (fake.clamp(0, 1) * 255).round() / 255
     fakes = {"pasted": torch.where(hidden > 0, fake, real), "full": fake}

@@ -785,9 +785,10 @@ class StyleGAN2Discriminator(nn.Module):
     N(0, 1 / fan_in); beside an autoencoder, 1e-4 did better.
 
     PAPER: sec. 3.2, "all modifications made to the discriminator in the StyleGANv2-ADA paper", and
-    "the loss function [...] remains unchanged". Taken: residual blocks, equalised learning rate,
-    blurred strided convolutions, minibatch deviation, ADA. Not: its logistic loss; R1, unless
-    --r1-gamma is given; its condition on classes.
+    "the loss function [...] remains unchanged". PAPER SILENT: which. Taken: residual blocks,
+    equalised learning rate, blurred strided convolutions, minibatch deviation, ADA. Not: its
+    logistic loss; R1, unless --r1-gamma is given; its condition on classes; in training, a moving
+    average of G's weights, and Adam rescaled for lazy regularisation.
     """
 
     # DIFFERS: under autocast all blocks run in half precision, not only the four largest maps;
@@ -999,8 +1000,10 @@ class AdaAugment:
         interval=4,  # steps between two changes of p
         fixed_p=None,  # a constant p instead
     ):
-        # PAPER SILENT: transforms, target, speed. As Karras et al. 2020, who take eight geometric
-        # and five colour ones ("bgc"), and neither filters, nor noise, nor cutout. But see `warp`.
+        # PAPER SILENT: transforms, target, speed. As Karras et al. 2020: mirror, quarter turns,
+        # whole-pixel shift, zoom, rotation, stretch, rotation again, shift (`geometry_matrix`);
+        # brightness, contrast, luma flip, hue, saturation (`colour_matrix`). No filters, noise or
+        # cutout, as there ("bgc"). But see `warp`.
         self.target, self.ramp_images, self.interval = target, ramp_images, interval
         self.fixed_p = fixed_p
         # Plain numbers: what is drawn on the CPU must not wait for a GPU to say what p is.

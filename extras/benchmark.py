@@ -156,8 +156,8 @@ def all_rows():
 def time_all(argv):
     """Table 4: a process for each row -> exit status.
 
-    Its 113 M and 119 M parameters fit G alone, without D. Our G: 111.7 M (`mse`) and 115.5 M with
-    skips and scales (the authors' heads of small scales are larger).
+    Its 113 M and 119 M parameters are about those of G alone, without D. Our G: 111.7 M (`mse`) and
+    115.5 M with skips and scales (the authors' heads of small scales are larger).
     """
     say("loss             relative time  seconds/step  images/s  peak MiB  parameters G, D")
     base = None

@@ -43,15 +43,17 @@ def group_norm(channels):
 class FeaturePyramid(nn.Module):
     """A ViT's levels as four maps, their cells 1/4, 1/2, 1 and 2 patches wide (4 to 32 px of 16).
 
-    PAPER: supplement A.2. A ViT has one scale; levels [0, 4, 8, 12] of its 12 blocks (0 is what the
-    first takes) are resampled to the four of a convolutional network, "bilinear interpolation is
-    used with a scale factor of two (if required) followed by a 3x3 convolution"; down, "a 3x3
-    convolution" (here of stride 2).
+    PAPER: supplement A.2. A ViT has one scale; levels [0, 4, 8, 12] of its 12 blocks (0: embedded
+    patches with positions) are resampled to the four of a convolutional network, "bilinear
+    interpolation is used with a scale factor of two (if required) followed by a 3x3 convolution";
+    down, "a 3x3 convolution" (here of stride 2).
     PAPER SILENT: which are sec. 4's "intermediate feature maps of MSG-MAE" (its encoder's, as for
     any other row); which level gives which map (early ones the fine maps); one convolution per
     factor of two; its width, `width` from the first on, since the ViT's own would cost more than
     the encoder (for ViT-B at 224 px 25 against 17 billion multiplications; at 256 channels 5); a
-    norm per level. The last level's norm is the encoder's own, pre-trained.
+    norm per level. The last level's norm is the encoder's own, pre-trained. Attention at 512 or
+    1024 px, too: as in pre-training, of all patches to all, with fixed positions; ViTDet has
+    windows, and relative positions.
     """
 
     def __init__(self, encoder, width):
