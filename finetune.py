@@ -706,7 +706,7 @@ def build_data(args):
 # the table's regularisation (MAE's does not either): one linear layer would underfit.
 FINETUNE = dict(label_smoothing=0.1, mixup=0.8, cutmix=1.0, rand_augment=9.0, weight_decay=0.05)
 PLAIN = dict.fromkeys(FINETUNE, 0.0)
-# PAPER SILENT: layer-wise decay and stochastic depth; ours are MAE's for ViT-B.
+# PAPER SILENT: layer-wise decay and stochastic depth; ours are those of MAE's paper.
 FINETUNE |= dict(layer_decay=0.75, drop_path=0.1)
 PLAIN |= dict(layer_decay=1.0, drop_path=0.0)
 ONCE = ("knn", "logistic")  # see each image once, without augmentation

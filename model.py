@@ -466,7 +466,8 @@ class MSGMAE(MAE):
         return [self.to_decoder(x, ids_restore) for x in [tokens, *skips]]
 
     def fuse(self, x, inputs, number):
-        """What decoder block `number` takes. PAPER: "concatenated", "of length 2d"."""
+        """What decoder block `number` takes. PAPER: "concatenated", "of length 2d": channels are
+        joined, not tokens."""
         if number == 1:  # it takes the decoder's input as it is
             return x
         # inputs[0] is block 1's, inputs[1] block 2's skip; the first fusing layer is block 2's.
