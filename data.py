@@ -15,6 +15,7 @@ To copy: needs torch, torchvision, numpy and pillow, and no other file of the pr
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -75,7 +76,8 @@ def sample_generator(*numbers):
 def to_rgb(image):
     """Any PIL image -> upright RGB.
 
-    Turns by the EXIF orientation; scales 16-bit grey to 8 bits (PIL's own conversion clips it);
+    Turns by the EXIF orientation; scales 16-bit grey to 8 bits (PIL's own conversion clips it), and
+    grey of floating point, which is taken for [0, 1], 8 or 16 bits by its highest value;
     puts transparent images on white, as a viewer shows them (dropping alpha alone would uncover
     whatever colours lie beneath). Palette, greyscale and CMYK are PIL's conversions.
     """
@@ -85,6 +87,8 @@ def to_rgb(image):
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image).astype(np.float32)
         top = 65535 if deep or values.max() > 255 else 255
+        if image.mode == "F" and values.max() <= 1:
+            top = 1
         image = Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -95,7 +99,7 @@ def to_rgb(image):
 def upright_size(image):
     """(width, height) that a PIL image has once turned by its EXIF orientation.
 
-    Decodes nothing but TIFFs, whose size PIL turns by itself, at a moment of its own.
+    Decodes TIFFs, whose size PIL turns by itself, at a moment of its own, and PNGs; no JPEG.
     """
     if image.format == "TIFF":
         image.load()
@@ -468,7 +472,7 @@ def list_images(folder):
     """Sorted paths of the image files directly in a folder, and its sorted subfolders."""
     entries = sorted((e for e in os.scandir(folder) if e.name[0] != "."), key=lambda e: e.name)
     images = [e.path for e in entries if e.name.lower().endswith(IMAGE_SUFFIXES)]
-    return images, [e.path for e in entries if e.is_dir()]
+    return images, [e.path for e in entries if os.path.isdir(e.path)]
 
 
 def list_all_images(folder, above=()):
@@ -526,12 +530,23 @@ def open_photographs(path):
     return Folder(files, [0] * len(files), [os.path.basename(path)])
 
 
-def hold_out(source, seed):
-    """Split a `Folder` without `val`: a seeded 1 %, at least 8 images, is kept for validation."""
-    count = max(8, len(source) // 100)
+def hold_out(source, folder, seed):
+    """Split a `Folder` without `val`: about a seeded 1 %, at least 8 images, is for validation.
+
+    A hash of an image's path in `folder` decides, so that files that come or go, or lie deeper than
+    class folders, leave the choice among the others as it is.
+    """
+
+    def draw(i):
+        name = os.path.relpath(source.files[i], folder)
+        digest = hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest()
+        return int.from_bytes(digest[:8]) / 2**64  # uniform in [0, 1)
+
+    draws = sorted((draw(i), i) for i in range(len(source)))
+    count = max(8, sum(number < 0.01 for number, _ in draws))
     if len(source) < 2 * count:
         raise ValueError(f"{len(source)} images are too few to hold out {count}; add some")
-    order = torch.randperm(len(source), generator=sample_generator(seed)).tolist()
+    order = [i for _, i in draws]
 
     def part(indices):
         indices = sorted(indices)
@@ -579,7 +594,7 @@ def open_sources(data, *, image_size, seed, labelled=False):
         unused.remove(names[0])
         rest = f"{len(val)} for validation in {names[0]}/"
     else:
-        train, val = hold_out(found, seed)
+        train, val = hold_out(found, here, seed)
         what = "no val/: " if unused or here != root else ""
         rest = f"{what}{len(val)} of them, a choice of seed {seed}, are held out for validation"
     folders = f"{found.folders} folder{'s' * (found.folders > 1)}"

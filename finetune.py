@@ -581,8 +581,8 @@ def open_checkpoint(args, part="classifier", script="finetune.py", keep=("pool",
 
     Model, image and patch size are the checkpoint's where no flag gives them, and a --model or
     --patch-size that contradicts it ends the run. With --eval the file is one of `script`, which
-    holds `part`; task, seed, classes and what `keep` names are its, too. seen: on what the weights
-    were trained, see `train.seen_by`.
+    holds `part`. What `keep` names is its, too, likewise; task, seed and classes in any case. seen:
+    on what the weights were trained, see `train.seen_by`.
     """
     path, saved, weights = args.checkpoint, dict(model="base", image_size=224, patch_size=16), None
     seen = []
@@ -608,9 +608,9 @@ def open_checkpoint(args, part="classifier", script="finetune.py", keep=("pool",
                     saved = model.published_sizes(weights, path, args.model)
                 if notes:
                     say(f"{path}: {'; '.join(notes)}")
-    for what in ("model", "patch_size"):
+    for what in ("model", "patch_size", *(keep if args.eval else ())):
         given, flag = getattr(args, what), what.replace("_", "-")
-        if weights is not None and given not in (None, saved[what]):
+        if weights is not None and given not in (None, saved.get(what)):
             fail(f"--{flag} {given}, but {path} has {saved[what]}; leave --{flag} off")
     sizes = ("model", "image_size", "patch_size")
     settled = {what: getattr(args, what) or saved[what] for what in sizes}
@@ -639,24 +639,13 @@ def readable(index, bad):
     return ~torch.isin(index, torch.tensor([i for i, _ in bad], dtype=torch.long))
 
 
-def check_held_out(source, args):
-    """Were the images that are held out of a folder here held out of pre-training, too?"""
-    here = train.folder_of(args.data)
-    others = [seed for folder, seed in args.seen if folder == here and seed != args.seed]
-    if others and getattr(source, "held_out", False):
-        fail(
-            f"training with --seed {others[0]} held out other images of {args.data}: give --seed "
-            f"{others[0]}, or put validation images into {args.data}/val"
-        )
-
-
 def build_data(args):
     """-> (training, validation `LabelledSet`, args with `classes`, the names of the classes).
 
     With --eval the classes must be the checkpoint's. One line and status 2 if that cannot be.
     """
     train_source, val_source = train.open_data(args, args.image_size, labelled=True)
-    check_held_out(val_source, args)
+    train.check_held_out(val_source, args)
     if len(train_source.classes) < 2:
         fail(f"--data {args.data} has no classes: keep images in class folders")
     with train.refusals():
@@ -775,9 +764,9 @@ def build_parser():
         (
             "--pool",
             ("cls", "mean", "auto"),
-            "cls",
-            "what a classifier sees: CLS, the mean patch token, or (logistic) the one that does "
-            "better in five-fold cross-validation",
+            None,
+            "what a classifier sees: CLS (None), the mean patch token, or (logistic) the one that "
+            "does better in five-fold cross-validation",
         ),
         ("--k", COUNT, 20, "neighbours that vote; knn"),
         ("--temperature", POSITIVE, 0.07, "of the votes; knn"),
@@ -821,7 +810,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.pool == "auto" and (args.task != "logistic" or args.demo):
         fail("--pool auto is for --task logistic alone; give cls or mean")
-    settle(args, TASKS[args.task])
+    settle(args, TASKS[args.task], dict(pool="cls"))
     if sum(v is not None for v in (args.fraction, args.shots, args.limit_images)) > 1:
         fail("--fraction, --shots and --limit-images exclude each other; give one")
     check_parts(args, "fraction", "crop_min", "label_smoothing")
@@ -832,18 +821,18 @@ def parse_args(argv=None):
     return args
 
 
-def settle(args, defaults):
+def settle(args, defaults, kept):
     """Give a value to each flag that has none: that of `defaults`, or one that follows from others.
 
-    For scripts that start from --checkpoint; args.task names the folder beside it. Status 2 for
-    what cannot be.
+    For scripts that start from --checkpoint; args.task names the folder beside it. kept: likewise,
+    but with --eval `open_checkpoint` takes the checkpoint's. Status 2 for what cannot be.
     """
     args.eval = args.eval or bool(args.predict)  # either takes a checkpoint of the script's own
     if args.checkpoint is None:
         fail("--checkpoint is missing: give a file, or none for random weights; or try --demo")
     if args.checkpoint == "none" and args.eval:
         fail("random weights are nothing to measure; give a file with --checkpoint")
-    for name, value in defaults.items():
+    for name, value in (defaults | ({} if args.eval else kept)).items():
         if getattr(args, name) is None:
             random = name == "layer_decay" and args.checkpoint == "none"
             setattr(args, name, 1.0 if random else value)

@@ -1755,6 +1755,8 @@ def test_every_kind_of_file_reads_as_upright_rgb():
         assert (read("deep.png", deep) == 100).all()
         dark = Image.fromarray(np.full((4, 4), 200, np.uint16))  # nearly black: 200 / 257 < 1
         assert (read("dark.png", dark) == 1).all()
+        real = Image.fromarray(np.array([[0, 0.5], [0.2, 1]], np.float32))  # in [0, 1]
+        assert read("real.tif", real)[:, :, 0].tolist() == [[0, 128], [51, 255]]
         palette = Image.new("RGB", (4, 4), (10, 200, 30)).quantize(4)
         assert np.abs(read("palette.png", palette)[0, 0] - [10, 200, 30]).max() <= 2
         half = Image.new("RGBA", (4, 4), (255, 0, 0, 0))  # red, but fully transparent: white
@@ -1821,6 +1823,18 @@ def test_folder_layouts_are_read_as_what_they_are():
         again = data.open_sources(str(root / "imagenet" / "train"), image_size=32, seed=0)
         assert [len(p) for p in parts] == [16, 8] and parts[1].files == again[1].files
         assert not set(parts[0].files) & set(parts[1].files)
+
+        # Files that come or go, or lie deeper, leave the choice among the others as it is.
+        deep = root / "imagenet" / "train" / "a" / "more"
+        deep.mkdir()
+        for i in range(3):
+            Image.new("RGB", (32, 32)).save(deep / f"{i}.png")
+        Path(parts[0].files[0]).unlink()
+        now = data.open_sources(str(root / "imagenet" / "train"), image_size=32, seed=0)
+        assert len(now[0]) + len(now[1]) == 26
+        assert {f for f in now[1].files if "more" not in f} <= set(parts[1].files)
+        now = data.open_sources(str(root / "imagenet" / "train"), **options)
+        assert now[1].files == parts[1].files
 
         assert len(parts[0].classes) == 2
         other = data.open_sources(str(root / "imagenet" / "train"), image_size=32, seed=1)
@@ -1911,6 +1925,9 @@ def test_unreadable_files_are_replaced_named_once_counted_and_limited():
         for name in ("a/0.png", "b/1.png"):
             assert errors.count(f"replaced by another: {root}/train/{name}") == 1, errors
         assert [row["bad_images"] for row in log_of(root / "run")] == [2, 2]
+        (root / "train" / "b" / "1.png").write_bytes((root / "train" / "b" / "2.png").read_bytes())
+        assert command(*flags, "--epochs", 3)[0] == 0  # repaired: it counts no longer
+        assert log_of(root / "run")[2]["bad_images"] == 1
         for i in range(5, 16):  # 11 more: 13 of 40 are over the limit of 10
             (root / "train" / "a" / f"{i}.png").write_text("not an image")
         status, errors = command(*flags, "--resume", "off")
@@ -2071,6 +2088,13 @@ def test_a_run_notes_its_steps_and_what_was_started():
         assert (out / "checkpoint.old.pt").read_bytes() == kept
         assert [row["step"] for row in data.read_log(out / "steps.jsonl")] == [1, 2, 3, 4]
         assert len(log_of(out)) == 1 and weights["progress"]["step"] == 6
+        assert len(data.read_log(out / "log.old.jsonl")) == 2
+        # The old one goes on: it stays, and its log is not continued by the other's lines.
+        own = ["--epochs", 3, "--resume", out / "checkpoint.old.pt"]
+        assert command(*flags, *own)[0] == 0
+        assert (out / "checkpoint.old.pt").read_bytes() == kept
+        assert (out / "checkpoint.old2.pt").exists()
+        assert [row["epoch"] for row in log_of(out)] == [3]
     for name, epochs, expected in ((None, 60, [1, 2, 5, 10, 20, 50, 60]), (25, 60, [25, 50, 60])):
         args = SimpleNamespace(picture_every=name, epochs=epochs)
         assert [n for n in range(1, 61) if train.picture_is_due(n, args)] == expected
@@ -2204,6 +2228,15 @@ def test_a_batch_that_is_not_finite_leaves_a_probes_statistics_alone():
         )
         status, errors = command(script=saving)
         assert status == 2 and "non-finite weights" in errors and not (out / "c.pt").exists()
+
+
+def test_ctrl_c_that_ends_the_reader_of_the_output_too_still_saves():
+    flags = [*FAST, "--limit-images", 8, "--epochs", 2]
+    with scratch() as out, signal_in_step(train, 2):
+        with mock.patch.object(os, "write", side_effect=BrokenPipeError):
+            with mock.patch.object(train.tqdm, "write", side_effect=BrokenPipeError):
+                assert command(*flags, "--out", out)[0] == 128 + signal.SIGTERM
+        assert kept_in(out)["progress"]["step"] == 3
 
 
 def test_a_folder_belongs_to_one_live_run_and_is_taken_over_from_a_dead_one():
@@ -3142,6 +3175,7 @@ def test_encoders_load_whole_or_not_at_all_and_bad_flags_end_in_one_line():
         rejected(names=["--checkpoint is missing", "none"])
         rejected(*RANDOM, "--shots", 1, "--fraction", 0.1, names=["--fraction", "--shots"])
         rejected(*RANDOM, "--fraction", 1.5, names=["--fraction 1.5"])
+        rejected(*RANDOM, "--seed", 2**63, names=["--seed", "not a number"])
         rejected(*RANDOM, "--limit-images", 3, names=["3 training images", "--batch-size"])
         rejected(*RANDOM, "--drop-path", 1, names=["--drop-path 1", "below 1"])
         rejected("--checkpoint", folder / "no.pt", names=["no.pt does not exist"])
@@ -3330,7 +3364,8 @@ def test_images_that_training_held_out_are_those_that_are_measured():
         assert "8 images measure top-1: each is 12.5 points" in said.getvalue()
         # What --init brings along has been seen, too.
         more = ["--init", root / "run" / "checkpoint.pt", "--out", root / "more", "--epochs", 1]
-        assert command(*FAST, "--data", root / "photos", "--seed", 2, *more)[0] == 0
+        refused(*FAST, "--data", root / "photos", "--seed", 2, *more, names=["give --seed 1"])
+        assert command(*FAST, "--limit-images", 4, "--seed", 2, *more)[0] == 0
         flags += ["--checkpoint", root / "more" / "checkpoint.pt"]
         tune_refused(*flags, "--seed", 2, names=["give --seed 1"])
 

@@ -418,7 +418,8 @@ def is_main():
 def say(message, file=None):
     """Print a line above the progress bar, from one process of all; file: None = stdout."""
     if is_main():
-        tqdm.write(message, file)
+        with suppress(BrokenPipeError):  # Ctrl-C has ended the `tee` that reads it, too
+            tqdm.write(message, file)
 
 
 def catch_stop_signals():
@@ -430,9 +431,10 @@ def catch_stop_signals():
     stop = {"signal": 0}
 
     def note(number, frame):
-        if not stop["signal"] and is_main():
-            os.write(2, b"\nsaving after this step; kill -9 ends at once\n")
-        stop["signal"] = stop["signal"] or number
+        first, stop["signal"] = not stop["signal"], stop["signal"] or number
+        if first and is_main():
+            with suppress(BrokenPipeError):
+                os.write(2, b"\nsaving after this step; kill -9 ends at once\n")
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
@@ -762,7 +764,9 @@ def folder_of(data):
 
 def seen_by(content):
     """What the weights of a checkpoint have seen -> [[--data, --seed], ...], also before --init."""
-    then = content.get("arguments") or {}
+    then = content.get("arguments")
+    if not isinstance(then, dict):  # of another project
+        return []
     if "seen" in then:
         return then["seen"]
     return [[folder_of(then["data"]), then["seed"]]] if {"data", "seed"} <= then.keys() else []
@@ -778,9 +782,21 @@ def open_data(args, image_size, labelled=False):
     return sources
 
 
+def check_held_out(source, args):
+    """Were the images that are held out of a folder here held out of pre-training, too?"""
+    here = folder_of(args.data)
+    others = [seed for folder, seed in args.seen if folder == here and seed != args.seed]
+    if others and getattr(source, "held_out", False):
+        fail(
+            f"training with --seed {others[0]} held out other images of {args.data}: give --seed "
+            f"{others[0]}, or put validation images into {args.data}/val"
+        )
+
+
 def build_data(args):
     """-> (training, validation) `PretrainSet`; one line and status 2 if that cannot be."""
     train_source, val_source = open_data(args, args.image_size)
+    check_held_out(val_source, args)
     patches = (args.image_size // args.patch_size) ** 2
     common = dict(image_size=args.image_size, num_patches=patches, seed=args.seed)
     train_set = data.PretrainSet(
@@ -897,7 +913,9 @@ def save_checkpoint(path, run, progress, args):
     except (OSError, RuntimeError) as error:  # torch's writer raises the second on a full disk
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason, free = str(error).splitlines()[0], shutil.disk_usage(path.parent).free
+        reason, free = str(error).splitlines()[0], 0
+        with suppress(OSError):  # the folder itself is gone
+            free = shutil.disk_usage(path.parent).free
         fail(
             f"cannot write {path} ({reason}): it takes {bytes_in(checkpoint) / 1e6:.0f} MB, "
             f"{free / 1e6:.0f} MB are free; the last good one is untouched"
@@ -930,9 +948,9 @@ def open_run(run, train_set, args):
         fail(f"the nodes disagree on {out}/checkpoint.pt: put --out on a disk that they share")
     if is_main() and not finished(progress, args):
         open_output(out)
-        trim_logs(out, progress)
         if args.resume != "auto":
-            keep_old_checkpoint(out, args)
+            keep_old_run(out, args)
+        trim_logs(out, progress)
         write_arguments(out, run, args)
         size, count = args.image_size, f"{layout['training images']} training images"
         count += f" of {size} x {size} px, {images_per_step(args)} per step"
@@ -963,7 +981,7 @@ def resume(run, path, layout, args):
     kind = f"a checkpoint of {run.script}"
     with refusals():
         checkpoint = model.load_file(path, kind)
-    if not made_by(run.script, checkpoint, "progress"):
+    if not made_by(run.script, checkpoint, "progress", *run.parts):
         found = f"holds {', '.join(map(str, checkpoint)) or 'nothing':.60}"
         if "script" in checkpoint:
             found = f"is one of {checkpoint['script']}"
@@ -979,6 +997,8 @@ def resume(run, path, layout, args):
                 f"{path} was saved within an epoch with {before} {what} (now {number}): keep that "
                 "until the epoch's end"
             )
+        if before != number:
+            say(f"{path} was saved with {before} {what} (now {number})")
     for name, part in run.parts.items():
         if not checkpoint[name]:  # a disabled scaler's state is empty
             continue
@@ -990,7 +1010,8 @@ def resume(run, path, layout, args):
             group |= values  # what the flags say now, not then
     if others := changes(then, now, sorted(then.keys() - {"resume", "seen"})):
         say(f"{path} was trained with {others}")
-    return new_progress() | progress | {"layout": layout}
+    # Unreadable images are counted anew: they may have been repaired.
+    return new_progress() | progress | {"layout": layout, "bad_images": []}
 
 
 def changes(then, now, names):
@@ -1186,13 +1207,18 @@ def trim_logs(out, progress):
             os.replace(log.with_suffix(".tmp"), log)
 
 
-def keep_old_checkpoint(out, args):
-    """Rename a checkpoint in OUT that this run does not continue, since it will write its own."""
-    path, old = out / "checkpoint.pt", out / "checkpoint.old.pt"
-    if path.exists() and path.resolve() != Path(args.resume).resolve():
-        with writing(out):
-            os.replace(path, old)
-        say(f"{path}, which this run does not continue, is now {old}")
+def keep_old_run(out, args):
+    """Rename what a run that this one does not continue left in OUT: its checkpoints and logs."""
+    path = out / "checkpoint.pt"
+    if not path.exists() or path.resolve() == Path(args.resume).resolve():
+        return
+    olds = itertools.chain(["old"], (f"old{n}" for n in itertools.count(2)))
+    old = next(old for old in olds if not (out / f"checkpoint.{old}.pt").exists())
+    with writing(out):
+        for name in ("best.pt", "log.jsonl", "steps.jsonl", "checkpoint.pt"):
+            if (out / name).exists():
+                os.replace(out / name, out / name.replace(".", f".{old}."))
+    say(f"{path}, which this run does not continue, is now {out}/checkpoint.{old}.pt")
 
 
 def write_arguments(out, run, args):
@@ -1383,13 +1409,14 @@ DEMO = dict(
 )
 
 
-def at_least(low, kind=int):
-    """argparse type: a number that is `low` or more."""
+def at_least(low, kind=int, below=math.inf):
+    """argparse type: a number that is `low` or more, and less than `below`."""
 
     def parse(text):
         value = kind(text)
-        if not low <= value < math.inf:  # also refuses nan
+        if not low <= value < below:  # also refuses nan
             bound = "above 0" if 0 < low < 1 else f"of {low} or more"
+            bound += f", below {below}" if below < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} is not a number {bound}")
         return value
 
@@ -1429,7 +1456,7 @@ BATCH_FLAGS = (
 )
 RUN_FLAGS = (
     ("--amp", ("auto", "off", "fp16", "bf16"), "auto", "autocast; auto: as the GPU can"),
-    ("--seed", WHOLE, 0, "of weights, data, masks and subsets"),
+    ("--seed", at_least(0, below=2**63), 0, "of weights, data, masks and subsets"),
     ("--resume", str, "auto", "auto: OUT/checkpoint.pt if there is one; off: start anew; or PATH"),
     ("--eval-every", COUNT, 1, "epochs between measurements; and the last"),
     ("--save-every", COUNT, 1, "epochs between checkpoints"),

@@ -129,7 +129,7 @@ def measure_cka(args, device):
     if int(patches * (1 - RATIOS[-1])) < 1:
         fail(f"with {RATIOS[-1]} hidden, none of {patches} patches is left; lower --patch-size")
     _, source = train.open_data(args, args.image_size)
-    finetune.check_held_out(source, args)
+    train.check_held_out(source, args)
     common = dict(image_size=args.image_size, num_patches=patches, seed=args.seed)
     val_set = data.PretrainSet(source, augment=False, limit=args.val_images, **common)
     if len(val_set) < 4 * train.world_size():

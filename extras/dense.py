@@ -5,6 +5,15 @@ No script: these are extras/detect.py and extras/segment.py, which train by fine
 random views; sets of samples; pictures; what trains; the command line.
 
 To copy `FeaturePyramid`: needs model.py's `ViT`.
+
+README's pictures of objects and classes. The encoder is `msg_gan_p` of the picture of five losses
+(see reconstruct.py), trained at --image-size 64:
+
+    FLAGS="--checkpoint runs/figure2/msg_gan_p/checkpoint.pt --image-size 64 --data shapes"
+    FLAGS="$FLAGS --val-images 200 --batch-size 8 --workers 0 --warmup-epochs 0.2"
+    FLAGS="$FLAGS --scales 0.8 1.25 --lr 2e-3 --width 32"
+    python -m extras.detect $FLAGS --limit-images 2500 --epochs 3
+    python -m extras.segment $FLAGS --limit-images 5000 --epochs 4
 """
 
 import argparse
@@ -443,7 +452,7 @@ def build_parser(task, *, what, layout, width, scales, fits, layer_decay):
         parser,
         "network",
         *finetune.CHECKPOINT_FLAGS,
-        ("--width", train.at_least(16), width, "of the heads, a multiple of 16"),
+        ("--width", train.at_least(16), None, f"of the heads, a multiple of 16; None = {width}"),
     )
     train.add_flags(
         parser,
@@ -471,10 +480,10 @@ def build_parser(task, *, what, layout, width, scales, fits, layer_decay):
     return parser
 
 
-def settle(args, layer_decay):
+def settle(args, layer_decay, **kept):
     """Give a value to each flag that has none -> args; status 2 for what cannot be."""
-    finetune.settle(args, dict(layer_decay=layer_decay))
-    if args.width % 16:
+    finetune.settle(args, dict(layer_decay=layer_decay), kept)
+    if (args.width or 0) % 16:
         fail(f"--width {args.width} must be a multiple of 16")
     if not 0 < args.scales[0] <= args.scales[1]:
         fail(f"--scales {args.scales} must be above 0, the smaller first")

@@ -41,7 +41,7 @@ CURVES = {  # panels of curves.png, see data.CURVES
 }
 MASK_SIDE = 28  # cells of a predicted mask, which spans its box
 SURE = 0.5  # score of the detections that are drawn
-LAYER_DECAY = 0.7
+LAYER_DECAY, WIDTH = 0.7, 256  # where no flag says otherwise
 
 # ---- One step: what is minimised -----------------------------------------------------------------
 
@@ -447,9 +447,9 @@ def draw_objects(image, objects, names):
 
 def parse_args(argv=None):
     """Command line -> namespace, complete but for what a checkpoint and the data settle."""
-    own = dict(what="Detect objects", layout="COCO", width=256, scales=[0.1, 2.0], fits="fits")
+    own = dict(what="Detect objects", layout="COCO", width=WIDTH, scales=[0.1, 2.0], fits="fits")
     parser = dense.build_parser("detect", layer_decay=LAYER_DECAY, **own)
-    return dense.settle(parser.parse_args(argv), LAYER_DECAY)
+    return dense.settle(parser.parse_args(argv), LAYER_DECAY, width=WIDTH)
 
 
 def main(argv=None):

@@ -145,6 +145,8 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     kind = "a checkpoint of train.py or extras/siblings.py"
+    if Path(args.out).resolve() == Path(args.checkpoint).resolve():
+        fail(f"--out {args.out} is the checkpoint itself: name another file")
     with train.refusals():
         checkpoint = model.load_file(args.checkpoint, kind)
         if not any(train.made_by(script, checkpoint, "mae") for script in SCRIPTS):

@@ -424,6 +424,7 @@ def build_data(runs, args):
             own = argparse.Namespace(**vars(args) | {"data": folder})
             _, source = train.open_data(own, args.image_size)
     seeds = {run.args.seed for run in runs.values()}
+    seeds |= {seed for run in runs.values() for seen, seed in run.seen if seen == here}
     if len(seeds) > 1 and getattr(source, "held_out", False):
         fail(
             f"the checkpoints held out different images (seeds {seeds}): evaluate them apart, or "

@@ -40,7 +40,7 @@ CURVES = {  # panels of curves.png, see data.CURVES
     "classes, %": {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"},
 }
 IGNORED = 255  # label of pixels that count nowhere
-LAYER_DECAY = 0.65
+LAYER_DECAY, WIDTH = 0.65, 512  # where no flag says otherwise
 MUST_FIT = (*dense.MUST_FIT, "unknown")  # for a checkpoint to continue
 
 # ---- One step: what is minimised -----------------------------------------------------------------
@@ -372,7 +372,8 @@ def class_names(folder, maps, unknown):
     """
     for path in (folder / "objectInfo150.txt", folder / "objectInfo.txt"):
         if path.is_file():
-            rows = [row.strip().split("\t") for row in path.read_text().splitlines()]
+            lines = path.read_text(errors="replace").splitlines()
+            rows = [line.strip().split("\t") for line in lines]
             return [row[-1].strip() for row in rows if row[0].strip().isdigit()], path
     first, highest = 1 if unknown == 0 else 0, -1
     for path, classes in read_maps(sorted(maps.glob("*.png")), unknown):
@@ -486,14 +487,14 @@ def draw_classes(image, labels, names):
 
 def parse_args(argv=None):
     """Command line -> namespace, complete but for what a checkpoint and the data settle."""
-    own = dict(what="Label pixels", layout="ADE20K", width=512, scales=[0.5, 2.0], fits="fills")
+    own = dict(what="Label pixels", layout="ADE20K", width=WIDTH, scales=[0.5, 2.0], fits="fills")
     parser = dense.build_parser("segment", layer_decay=LAYER_DECAY, **own)
     windows = "measure in windows, at training's scale, or all at once"
     train.add_flags(parser, "measuring", ("--slide", bool, True, windows))
-    label = "label of unknown pixels in files of maps: 0 (ADE20K) or 255 (then 0 is a class)"
-    train.add_flags(parser, "maps", ("--unknown", int, 0, label))
-    args = dense.settle(parser.parse_args(argv), LAYER_DECAY)
-    if args.unknown not in (0, 255):
+    label = "label of unknown pixels in files of maps: 0 (None; ADE20K) or 255 (0 is a class)"
+    train.add_flags(parser, "maps", ("--unknown", int, None, label))
+    args = dense.settle(parser.parse_args(argv), LAYER_DECAY, width=WIDTH, unknown=0)
+    if args.unknown not in (None, 0, 255):
         train.fail(f"--unknown {args.unknown} must be 0 or 255")
     return args
 

@@ -669,6 +669,7 @@ def initialise(network, args):
 def build_data(args):
     """-> (training, validation) `SiblingSet`; one line and status 2 if that cannot be."""
     train_source, val_source = train.open_data(args, args.image_size)
+    train.check_held_out(val_source, args)
     patches = (args.image_size // args.patch_size) ** 2
     common = dict(image_size=args.image_size, num_patches=patches, seed=args.seed)
     common["views"] = SIBLINGS[args.loss]["views"]

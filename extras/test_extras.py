@@ -385,6 +385,8 @@ def test_exported_weights_start_other_runs():
         source = root / "checkpoint.pt"
         save_autoencoder(source)
         ours = kept_in(root)["mae"]
+        given = ["--checkpoint", source, "--format", "mae", "--out", root / "." / "checkpoint.pt"]
+        refused(*given, names=["is the checkpoint itself"], script=export)
         for kind, kept in (("mae", 134), ("timm", 78), ("hf", 174)):
             file = root / f"{kind}.pt"
             given = ["--checkpoint", source, "--format", kind, "--out", file]
@@ -1966,6 +1968,10 @@ def test_dense_runs_stopped_in_mid_epoch_continue_bit_for_bit_and_eval_agrees():
                 assert f"{name} {best[name]:.4g}" in output.getvalue(), (best, output.getvalue())
             written = {path.name for path in (root / "once").rglob("*")}
             assert pictures <= written, written
+            # A flag that contradicts the checkpoint is not passed over.
+            own = {detect: ("width", 32, 16), segment: ("unknown", 255, 0)}[script]
+            names = ["--{} {}, but".format(*own), "best.pt has {}".format(*own[2:]), "leave"]
+            refused(*measured, f"--{own[0]}", own[1], names=names, script=script)
             # Neither script takes the other's checkpoint, nor does finetune.py.
             other = next(other for other in DENSE_SCRIPTS.values() if other is not script)
             names = [f"a checkpoint of {script.SCRIPT}, not of"]
