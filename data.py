@@ -430,19 +430,21 @@ class Shapes(Dataset):
 class LargeShapes(Shapes):
     """`Shapes` with one large, nearly upright object: what minutes of pre-training can learn.
 
-    Each picture is drawn once, and kept (12 kB at 64 px).
+    Each picture is drawn once, and kept, up to so many bytes (12 kB a picture at 64 px).
     """
 
     radii, objects, turn = (0.26, 0.36), 1, 0.5
+    memory = 2**28
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.kept = {}
 
     def __getitem__(self, index):
-        if index not in self.kept:
-            self.kept[index] = super().__getitem__(index)
-        return self.kept[index]
+        item = self.kept.get(index) or super().__getitem__(index)
+        if (len(self.kept) + 1) * 3 * self.size**2 <= self.memory:
+            self.kept[index] = item
+        return item
 
 
 DRAWN = {"shapes": Shapes, "shapes-large": LargeShapes}  # by --data

@@ -295,7 +295,7 @@ def evaluate_classifier(run, loader, known, args):
     """
     network, found = train.unwrap(run.network).eval(), {}
     sums = dict.fromkeys(("top1", "top5", "images", "val_loss"), 0)
-    for images, labels, _, bad in loader:
+    for images, labels, _, bad in train.renewing(loader, args.out):
         found |= dict(bad)
         labels = labels.to(run.device, non_blocking=True)
         with run.autocast():
@@ -375,7 +375,7 @@ def extract(run, dataset, args):
     pools = pools_of(args)
     width = len(pools) * network.head.in_features
     features, targets = [torch.zeros(0, width, device=run.device)], [torch.zeros(0).long()]
-    for images, labels, _, bad in shard(dataset, args):
+    for images, labels, _, bad in train.renewing(shard(dataset, args), args.out):
         found |= dict(bad)
         with run.autocast():
             tokens = network.encoder(data.to_float(images.to(run.device, non_blocking=True)))

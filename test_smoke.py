@@ -1726,6 +1726,11 @@ def test_large_shapes_are_one_nearly_upright_object_each_and_drawn_once():
     first = large[3]
     assert large[3] is first and first[1] == 3
     pixels = np.asarray(data.LargeShapes("val", 32)[3][0])
+    with mock.patch.object(data.LargeShapes, "memory", 2 * 3 * 32**2):  # of two pictures
+        few = data.LargeShapes("val", 32)
+        for index in (3, 4, 5, 3):
+            assert np.array_equal(few[index][0], data.LargeShapes("val", 32)[index][0])
+        assert list(few.kept) == [3, 4]
     assert np.array_equal(pixels, np.asarray(first[0]))  # a function of seed, split and index
 
 
@@ -2256,10 +2261,25 @@ def test_a_folder_belongs_to_one_live_run_and_is_taken_over_from_a_dead_one():
         refused(*flags, "--epochs", 2, names=["process 1 on elsewhere"])
         os.utime(lock, (time.time() - 601,) * 2)
         assert command(*flags, "--epochs", 2)[0] == 0
-        lock.write_text("{")  # torn
-        assert command(*flags, "--epochs", 3)[0] == 0
-        train.renew_lock(out)
+        for torn in ("{", "{}", "[]"):
+            lock.write_text(torn)
+            with mock.patch.object(atexit, "register") as at_exit:
+                assert command(*flags, "--epochs", 3, "--resume", "off")[0] == 0
+        os.utime(lock, (0, 0))
+        assert list(train.renewing([1, 2], out)) == [1, 2]  # a measurement's batches
         assert time.time() - lock.stat().st_mtime < 5
+        # Of two that start at once, the second finds the lock as it makes its own.
+        with mock.patch.object(Path, "exists", lambda path: False):
+            refused(*flags, "--epochs", 4, names=["was taken by another run"])
+        # A run that ends takes away its own lock alone.
+        release = next(call.args[0] for call in at_exit.call_args_list if len(call.args) == 1)
+        mine = lock.read_text()
+        lock.write_text(json.dumps({"host": "elsewhere", "process": 1}))
+        release()
+        assert lock.exists()
+        lock.write_text(mine)
+        release()
+        assert not lock.exists()
 
 
 def test_tasks_of_srun_without_torchrun_are_refused():

@@ -834,25 +834,38 @@ def lock_output(out):
     another host processes cannot be seen; there it must have been silent for LOCK_SECONDS.
     """
     path, mine = out / "lock.json", {"host": socket.gethostname(), "process": os.getpid()}
-    try:
-        theirs, silent = json.loads(path.read_text()), time.time() - path.stat().st_mtime
-    except (OSError, ValueError):  # none, or one that was torn by a full disk
-        theirs = mine
-    if theirs != mine:
-        if theirs["host"] == mine["host"]:
-            lives = process_lives(theirs["process"])
-        else:
-            lives = silent < LOCK_SECONDS
-        holder = f"process {theirs['process']} on {theirs['host']}"
-        if lives:
-            fail(
-                f"{out} is in use by {holder}: name another --out, or stop that run first; if that "
-                f"process is another program, delete {path}"
-            )
-        say(f"{out}: taken over from {holder}, which is gone")
+    if path.exists():
+        theirs = read_lock(path)
+        if theirs is not None and theirs != mine:  # None: torn by a full disk
+            holder = f"process {theirs['process']} on {theirs['host']}"
+            if theirs["host"] == mine["host"]:
+                lives = process_lives(theirs["process"])
+            else:
+                lives = time.time() - path.stat().st_mtime < LOCK_SECONDS
+            if lives:
+                fail(
+                    f"{out} is in use by {holder}: name another --out, or stop that run first; if "
+                    f"that process is another program, delete {path}"
+                )
+            say(f"{out}: taken over from {holder}, which is gone")
+        path.unlink(missing_ok=True)
     with writing(path):
-        path.write_text(json.dumps(mine))
-    atexit.register(path.unlink, missing_ok=True)
+        try:
+            file = open(path, "x")  # of two runs that start at once, one can make it
+        except FileExistsError:
+            fail(f"{out} was taken by another run a moment ago: name another --out")
+        with file:
+            json.dump(mine, file)
+    atexit.register(lambda: read_lock(path) == mine and path.unlink())
+
+
+def read_lock(path):
+    """Who holds a lock -> {"host", "process"}, or None if there is none or it is torn."""
+    try:
+        lock = json.loads(path.read_text())
+        return {name: lock[name] for name in ("host", "process")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def process_lives(number):
@@ -870,6 +883,14 @@ def renew_lock(out):
     """Show other hosts that this run lives."""
     with suppress(OSError):
         os.utime(Path(out) / "lock.json")
+
+
+def renewing(batches, out):
+    """The batches of a measurement, which may take long: the lock on OUT is renewed with each."""
+    for batch in batches:
+        if is_main():
+            renew_lock(out)
+        yield batch
 
 
 def new_progress():
@@ -975,7 +996,7 @@ def open_run(run, train_set, args):
 
 def resume(run, path, layout, args):
     """Continue from a checkpoint if --resume says so and there is one -> progress."""
-    if args.resume == "off" or (args.resume == "auto" and not path.exists()):
+    if args.resume == "off" or (args.resume == "auto" and not os.path.exists(path)):
         return new_progress() | {"layout": layout}
     path = path if args.resume == "auto" else Path(args.resume)
     kind = f"a checkpoint of {run.script}"

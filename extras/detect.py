@@ -266,7 +266,7 @@ def evaluate_detector(run, loader, known, args):
     measurement's. loader, known: see `finetune.evaluate_classifier`.
     """
     network, found, rows = train.unwrap(run.network).eval(), {}, []
-    for batch in loader:
+    for batch in train.renewing(loader, args.out):
         found |= dict(batch[3])
         for detections, objects in detect(run, batch):
             pair = [coco.match_detections(detections, objects, masks=m) for m in (False, True)]

@@ -209,7 +209,7 @@ def evaluate_segmenter(run, loader, known, args):
     """
     network, found, classes = train.unwrap(run.network).eval(), {}, len(args.classes)
     matrix, images = torch.zeros(classes, classes, dtype=torch.long), 0
-    for batch in loader:
+    for batch in train.renewing(loader, args.out):
         found |= dict(batch[3])
         for labels, truth in segment(run, batch, args):
             matrix += confusion_matrix(labels, truth["map"], classes)

@@ -579,7 +579,7 @@ def evaluate(run, loader, known, args):
     network = SimpleNamespace(mae=partial(paint, train.unwrap(run.network)))
     network.autocast = run.autocast
     sums = {"images": 0} | dict.fromkeys(losses.METRICS if paints else ["val_loss"], 0)
-    for images, mask_noise, _, bad in loader:
+    for images, mask_noise, _, bad in train.renewing(loader, args.out):
         found |= dict(bad)
         real, mask_noise = data.to_float(images.to(run.device)), mask_noise.to(run.device)
         if paints:
