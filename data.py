@@ -542,7 +542,7 @@ def hold_out(source, folder, seed):
     def draw(i):
         name = os.path.relpath(source.files[i], folder)
         digest = hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest()
-        return int.from_bytes(digest[:8]) / 2**64  # uniform in [0, 1)
+        return int.from_bytes(digest[:8], "big") / 2**64  # uniform in [0, 1)
 
     draws = sorted((draw(i), i) for i in range(len(source)))
     count = max(8, sum(number < 0.01 for number, _ in draws))
