@@ -1409,6 +1409,9 @@ def test_maps_come_back_from_a_letterbox_where_they_were():
     x = (torch.arange(16) + 0.5) * 40 / 16  # of each column's centre, in the image's pixels
     back = dense.maps_to_image(x.expand(1, 16, 16), place)[0]
     close(back[:, 2:-2], (torch.arange(40) + 0.5).expand(20, 40)[:, 2:-2], 1e-4)
+    logits = torch.randn(19, 16, 16, generator=torch.Generator().manual_seed(0)) - 5
+    likeliest = dense.maps_to_image(logits, place).argmax(dim=0)
+    assert torch.equal(segment.class_map(logits, place), likeliest) and likeliest.max() == 18
 
 
 # ---- Networks ------------------------------------------------------------------------------------
