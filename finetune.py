@@ -391,6 +391,8 @@ def extract(run, dataset, args):
 def whiten(bank, queries):
     """Both, turned and scaled alike, so that the bank of all processes has mean 0, covariance 1."""
     full = gathered(bank).double()
+    if len(full) < 2:
+        fail("--whiten needs two training images or more")
     values, vectors = torch.linalg.eigh(torch.cov(full.T))
     scale = (values + 1e-6 * values.max()).rsqrt()  # directions without variance stay finite
     return [((x - full.mean(dim=0)) @ vectors * scale).float() for x in (bank, queries)]
@@ -589,7 +591,8 @@ def open_checkpoint(args, part="classifier", script="finetune.py", keep=("pool",
     if path != "none":
         with train.refusals():
             content = model.load_file(path, KIND)
-            saved, ours = content.get("arguments"), "script" in content
+            ours = "script" in content and isinstance(content.get("arguments"), dict)
+            saved = content.get("arguments")
             seen = train.seen_by(content) if ours else []
             if args.eval != (ours and "mae" not in content):
                 fail(

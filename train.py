@@ -1664,6 +1664,8 @@ def main(argv=None):
 
 def run_script(main):
     """Run a script's main and exit with its status; a full GPU ends in one line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # file names may be in any encoding
     try:
         sys.exit(main())
     except torch.OutOfMemoryError:

@@ -137,6 +137,8 @@ def measure_cka(args, device):
     dtype, found, unread = train.choose_precision(args.amp, device), {}, []
     sums = {k: torch.zeros(len(RATIOS), len(e.blocks), 3).double() for k, e in encoders.items()}
     mine = torch.arange(train.rank(), len(val_set), train.world_size()).split(args.batch_size)
+    with train.writing(args.out):  # before the work, not after it
+        Path(args.out).mkdir(parents=True, exist_ok=True)
     bar, count = tqdm(finetune.shard(val_set, args), disable=None if is_main() else True), 0
     for index, (images, mask_noise, _, bad) in zip(mine, bar, strict=True):
         found |= dict(bad)

@@ -322,12 +322,13 @@ class CocoScenes(Dataset):
             parts = [content[key] for key in ("images", "categories", "annotations")]
             if not all(isinstance(row, dict) for row in chain(*parts)):
                 raise TypeError("entries that are no objects")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
             what = f"{type(error).__name__}: {error}"
             raise ValueError(f"{self.path} is torn or not COCO's ({what}); replace it") from error
         listed, categories, rows = parts
-        listed = self._sorted(listed, "image", id=None, file_name=str, width=None, height=None)
-        categories = self._sorted(categories, "category", id=None, name=str)
+        one = (int, float, str)
+        listed = self._sorted(listed, "image", id=one, file_name=str, width=None, height=None)
+        categories = self._sorted(categories, "category", id=one, name=str)
         self.category_ids = [row["id"] for row in categories]
         self.classes = [row["name"] for row in categories]
         every = {row["id"] for row in listed}
@@ -407,7 +408,7 @@ class CocoScenes(Dataset):
                 outline, runs = self._outline(row, self.sizes[place[image]].tolist())
                 area = np.nan if area is None else float(area)  # counted when it is drawn
                 crowd = bool(row.get("iscrowd"))
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
+            except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
                 name = row.get("id", f"number {number + 1}")
                 what = f"has no {error}" if isinstance(error, KeyError) else error
                 raise ValueError(f"{self.path}: annotation {name} {what}; replace it") from error
