@@ -1002,7 +1002,7 @@ def resume(run, path, layout, args):
     kind = f"a checkpoint of {run.script}"
     with refusals():
         checkpoint = model.load_file(path, kind)
-    if not made_by(run.script, checkpoint, "progress", *run.parts):
+    if not made_by(run.script, checkpoint, "progress"):
         found = f"holds {', '.join(map(str, checkpoint)) or 'nothing':.60}"
         if "script" in checkpoint:
             found = f"is one of {checkpoint['script']}"
@@ -1010,6 +1010,8 @@ def resume(run, path, layout, args):
     then, now = checkpoint["arguments"], vars(args)
     if differ := changes(then, now, run.must_fit):  # the flags of networks first
         fail(f"{path} was trained with {differ}; give the same, or another --out, or --resume off")
+    if missing := sorted(run.parts.keys() - checkpoint.keys()):
+        fail(f"{path} lacks {', '.join(missing)}; name another --out, or --resume off")
     progress = checkpoint["progress"]
     for what, number in layout.items():
         before = progress["layout"].get(what, number)  # earlier versions kept fewer
