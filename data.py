@@ -77,9 +77,9 @@ def to_rgb(image):
     """Any PIL image -> upright RGB.
 
     Turns by the EXIF orientation; scales 16-bit grey to 8 bits (PIL's own conversion clips it), and
-    grey of floating point, which is taken for [0, 1], 8 or 16 bits by its highest value;
-    puts transparent images on white, as a viewer shows them (dropping alpha alone would uncover
-    whatever colours lie beneath). Palette, greyscale and CMYK are PIL's conversions.
+    floating-point grey, whose range is [0, 1], 8 or 16 bits by its highest value; puts transparent
+    images on white, as a viewer shows them (dropping alpha alone would uncover whatever colours lie
+    beneath). Palette, greyscale and CMYK are PIL's conversions.
     """
     # Older pillows open 16-bit PNGs as "I". Asked here: turned images have lost their format.
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
@@ -99,7 +99,8 @@ def to_rgb(image):
 def upright_size(image):
     """(width, height) that a PIL image has once turned by its EXIF orientation.
 
-    Decodes TIFFs, whose size PIL turns by itself, at a moment of its own, and PNGs; no JPEG.
+    A JPEG is not decoded. TIFFs are: PIL turns their size by itself, at a moment of its own. PIL
+    decodes PNGs to find the orientation.
     """
     if image.format == "TIFF":
         image.load()
@@ -430,11 +431,11 @@ class Shapes(Dataset):
 class LargeShapes(Shapes):
     """`Shapes` with one large, nearly upright object: what minutes of pre-training can learn.
 
-    Each picture is drawn once, and kept, up to so many bytes (12 kB a picture at 64 px).
+    Each picture is drawn once, and kept (12 kB at 64 px), as long as `memory` has room.
     """
 
     radii, objects, turn = (0.26, 0.36), 1, 0.5
-    memory = 2**28
+    memory = 2**28  # bytes, of each loader worker
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -533,15 +534,15 @@ def open_photographs(path):
 
 
 def hold_out(source, folder, seed):
-    """Split a `Folder` without `val`: about a seeded 1 %, at least 8 images, is for validation.
+    """Split a `Folder` without `val`: about 1 % of the images, at least 8, is held out.
 
-    A hash of an image's path in `folder` decides, so that files that come or go, or lie deeper than
-    class folders, leave the choice among the others as it is.
+    A hash of the seed and an image's path in `folder` decides, so that files that come or go, or
+    lie deeper than class folders, leave the choice among the others as it is.
     """
 
     def draw(i):
         name = os.path.relpath(source.files[i], folder)
-        digest = hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest()
+        digest = hashlib.sha256(os.fsencode(f"{seed}/{name}")).digest()
         return int.from_bytes(digest[:8], "big") / 2**64  # uniform in [0, 1)
 
     draws = sorted((draw(i), i) for i in range(len(source)))

@@ -583,16 +583,16 @@ def open_checkpoint(args, part="classifier", script="finetune.py", keep=("pool",
 
     Model, image and patch size are the checkpoint's where no flag gives them, and a --model or
     --patch-size that contradicts it ends the run. With --eval the file is one of `script`, which
-    holds `part`. What `keep` names is its, too, likewise; task, seed and classes in any case. seen:
-    on what the weights were trained, see `train.seen_by`.
+    holds `part`. Then task, seed and classes are its, too, and so is what `keep` names, which no
+    flag may contradict. seen: on what the weights were trained, see `train.seen_by`.
     """
     path, saved, weights = args.checkpoint, dict(model="base", image_size=224, patch_size=16), None
     seen = []
     if path != "none":
         with train.refusals():
             content = model.load_file(path, KIND)
-            ours = "script" in content and isinstance(content.get("arguments"), dict)
             saved = content.get("arguments")
+            ours = "script" in content and isinstance(saved, dict)
             seen = train.seen_by(content) if ours else []
             if args.eval != (ours and "mae" not in content):
                 fail(
@@ -612,9 +612,9 @@ def open_checkpoint(args, part="classifier", script="finetune.py", keep=("pool",
                 if notes:
                     say(f"{path}: {'; '.join(notes)}")
     for what in ("model", "patch_size", *(keep if args.eval else ())):
-        given, flag = getattr(args, what), what.replace("_", "-")
-        if weights is not None and given not in (None, saved.get(what)):
-            fail(f"--{flag} {given}, but {path} has {saved[what]}; leave --{flag} off")
+        given, theirs, flag = getattr(args, what), saved.get(what), what.replace("_", "-")
+        if weights is not None and given not in (None, theirs):
+            fail(f"--{flag} {given}, but {path} has {theirs}; leave --{flag} off")
     sizes = ("model", "image_size", "patch_size")
     settled = {what: getattr(args, what) or saved[what] for what in sizes}
     if args.eval:
@@ -827,8 +827,9 @@ def parse_args(argv=None):
 def settle(args, defaults, kept):
     """Give a value to each flag that has none: that of `defaults`, or one that follows from others.
 
-    For scripts that start from --checkpoint; args.task names the folder beside it. kept: likewise,
-    but with --eval `open_checkpoint` takes the checkpoint's. Status 2 for what cannot be.
+    For scripts that start from --checkpoint; args.task names the folder beside it. kept: more
+    defaults, but not with --eval, where `open_checkpoint` takes the checkpoint's values. Status 2
+    for what cannot be.
     """
     args.eval = args.eval or bool(args.predict)  # either takes a checkpoint of the script's own
     if args.checkpoint is None:

@@ -258,7 +258,7 @@ def perceptual_terms(features_fake, features_real, delta_f=0.05, delta_s=40.0):
     """L_feat^G. PAPER: eq. 3, with the weights of sec. 4: delta_f .05, delta_s 40.
 
     PAPER SILENT: sec. 4 calls delta_s the smaller one, but gives 40. Ours is 40. (--delta-f,
-    --delta-s) It wants "to focus learning on the perceptual term". Here pixels lead: in
+    --delta-s) Its aim is "to focus learning on the perceptual term". Here pixels lead: in
     `msg_gan_p`, `tiny` model, after 24,000 CIFAR-10 images, the two terms are .02 and .1 beside an
     L1 of .35.
 

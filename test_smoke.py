@@ -2350,6 +2350,9 @@ def test_unfit_checkpoints_are_refused():
             *flags, "--model", "small", names=["with --model nano (now small)"]
         )  # the cause first
         refused(*flags, "--image-size", 64, names=["--image-size 32 (now 64)"])
+        content = kept_in(root / "run")
+        torch.save({k: v for k, v in content.items() if k != "opt_g"}, root / "part.pt")
+        refused(*flags, "--resume", root / "part.pt", names=["part.pt lacks opt_g"])
         for name, content in {"text.pt": b"hello", "short.pt": before[:1000]}.items():
             (root / name).write_bytes(content)
             refused(*flags, "--resume", root / name, names=[name, "not a checkpoint"])
@@ -3200,6 +3203,8 @@ def test_encoders_load_whole_or_not_at_all_and_bad_flags_end_in_one_line():
         rejected(*RANDOM, "--drop-path", 1, names=["--drop-path 1", "below 1"])
         rejected("--checkpoint", folder / "no.pt", names=["no.pt does not exist"])
         assert not (folder / "run").exists()
+        one = [*RANDOM, *PROBE, "--task", "knn", "--whiten", "--limit-images", 1]
+        tune_refused(*one, "--out", folder / "one", names=["--whiten needs two training images"])
 
 
 def test_classes_that_differ_between_train_and_val_are_refused_by_name():

@@ -849,14 +849,17 @@ def lock_output(out):
                 )
             say(f"{out}: taken over from {holder}, which is gone")
         path.unlink(missing_ok=True)
-    with writing(path):
-        try:
-            file = open(path, "x")  # of two runs that start at once, one can make it
-        except FileExistsError:
-            fail(f"{out} was taken by another run a moment ago: name another --out")
-        with file:
+    try:
+        with open(path, "x") as file:  # of two runs that start at once, one can make it
             json.dump(mine, file)
-    atexit.register(lambda: read_lock(path) == mine and path.unlink())
+    except FileExistsError:
+        fail(f"{out} was taken by another run a moment ago: name another --out")
+
+    def release():
+        if read_lock(path) == mine:
+            path.unlink()
+
+    atexit.register(release)
 
 
 def read_lock(path):
@@ -908,7 +911,7 @@ def new_progress():
         "scales": {},  # fp16: of each scaler (scale, updates skipped in a row)
         "seconds": 0.0,  # spent training in this epoch
         "path_mean": torch.zeros(()),  # running mean of path lengths, 0 = none yet
-        "bad_images": [],  # unreadable ones, distinct, over all processes
+        "bad_images": [],  # unreadable ones since the last start, distinct, over all processes
         "layout": {},  # see `open_run`
         "best": -1.0,  # highest top-1, AP or mIoU yet, per cent (finetune.py)
     }
@@ -1033,7 +1036,7 @@ def resume(run, path, layout, args):
             group |= values  # what the flags say now, not then
     if others := changes(then, now, sorted(then.keys() - {"resume", "seen"})):
         say(f"{path} was trained with {others}")
-    # Unreadable images are counted anew: they may have been repaired.
+    # Unreadable images are noted anew: they may have been repaired.
     return new_progress() | progress | {"layout": layout, "bad_images": []}
 
 
@@ -1231,7 +1234,10 @@ def trim_logs(out, progress):
 
 
 def keep_old_run(out, args):
-    """Rename what a run that this one does not continue left in OUT: its checkpoints and logs."""
+    """Rename the checkpoints and logs in OUT of a run that this one does not continue.
+
+    Nothing is overwritten: the next ones become old2, then old3.
+    """
     path = out / "checkpoint.pt"
     if not path.exists() or path.resolve() == Path(args.resume).resolve():
         return

@@ -312,6 +312,14 @@ def test_an_evaluation_takes_the_images_that_training_held_out():
         assert found["images"] == 8 and found["seed"] == 1
         close(found["results"]["mse"]["psnr_full"], log["psnr_full"], 1e-3)
         refused(*given, one, two, names=["different images", "val"], script=reconstruct)
+        # What a run started from has seen, counts.
+        more = ["--init", one, "--out", root / "more", "--seed", 2, "--epochs", 1]
+        assert command(*FAST, "--limit-images", 4, *more)[0] == 0
+        later = root / "more" / "checkpoint.pt"
+        refused(*given, later, names=["different images", "val"], script=reconstruct)
+        more = ["--loss", "r_mae", "--init", one, "--out", root / "sibling", "--seed", 2]
+        photos = [*SIBLING, "--model", "nano", "--data", root / "photos", "--epochs", 1]
+        refused(*photos, *more, names=["give --seed 1"], script=siblings)
 
 
 def test_unreadable_images_are_left_out_of_an_evaluation():
@@ -1942,6 +1950,35 @@ def test_dense_flags_reach_what_they_name():
         assert not val_set.augment and weights is None
 
 
+def check_predictions(script, root):
+    """Photographs: nothing but the checkpoint and the files is needed."""
+    (root / "photos" / "sub").mkdir(parents=True)
+    for name in ("a.png", "sub/a.png"):
+        FewScenes("detect")[1][0].save(root / "photos" / name)
+    given = ["--checkpoint", root / "once" / "best.pt", "--workers", 0]
+    given += ["--predict", root / "photos", "--out", root / "seen"]
+    with mock.patch.object(train, "say") as say:
+        assert command(*given, script=script)[0] == 0
+    drawn = sorted((root / "seen" / "predictions").iterdir())
+    assert [path.name for path in drawn] == ["0000_a.png", "0001_a.png"]
+    if script is detect:
+        lines = [call.args[0] for call in say.call_args_list]  # it has learnt nothing
+        nothing = "nothing with a score of 0.5 or more"
+        assert lines[:2] == [f"{root}/photos/{n}: {nothing}" for n in ("a.png", "sub/a.png")]
+        with mock.patch.object(detect, "SURE", 0.0), mock.patch.object(train, "say") as say:
+            assert command(*given, script=script)[0] == 0
+        names = [call.args[0].split("a.png: ")[-1].split()[0] for call in say.call_args_list]
+        assert set(names[:2]) <= set(data.SHAPES), names
+        results = json.loads((root / "seen" / "results_bbox.json").read_text())
+        assert {row["category_id"] for row in results} <= set(range(1, 11)) and results
+        assert {row["image_id"] for row in results} == {
+            str(root / "photos" / name) for name in ("a.png", "sub/a.png")
+        }
+    else:
+        found = segment.read_map(drawn[1], 0)
+        assert found.shape == (60, 33) and found.max() < 11
+
+
 @mock.patch.object(dense, "VIEW", 96)  # pixels of pictures
 def test_dense_runs_stopped_in_mid_epoch_continue_bit_for_bit_and_eval_agrees():
     for script, figures, pictures in (
@@ -1984,36 +2021,7 @@ def test_dense_runs_stopped_in_mid_epoch_continue_bit_for_bit_and_eval_agrees():
             refused(*measured, names=[*names, other.SCRIPT], script=other)
             refused(*measured, names=[*names, "finetune.py"], script=finetune)
             refused(*measured[1:], names=["--eval measures it"], script=script)
-            # Photographs: nothing but the checkpoint and the files is needed.
-            (root / "photos" / "sub").mkdir(parents=True)
-            for name in ("a.png", "sub/a.png"):
-                FewScenes("detect")[1][0].save(root / "photos" / name)
-            given = ["--checkpoint", root / "once" / "best.pt", "--workers", 0]
-            given += ["--predict", root / "photos", "--out", root / "seen"]
-            with mock.patch.object(train, "say") as say:
-                assert command(*given, script=script)[0] == 0
-            drawn = sorted((root / "seen" / "predictions").iterdir())
-            assert [path.name for path in drawn] == ["0000_a.png", "0001_a.png"]
-            if script is detect:
-                lines = [call.args[0] for call in say.call_args_list]  # it has learnt nothing
-                nothing = "nothing with a score of 0.5 or more"
-                assert lines[:2] == [
-                    f"{root}/photos/{n}: {nothing}" for n in ("a.png", "sub/a.png")
-                ]
-                with mock.patch.object(detect, "SURE", 0.0), mock.patch.object(train, "say") as say:
-                    assert command(*given, script=script)[0] == 0
-                names = [
-                    call.args[0].split("a.png: ")[-1].split()[0] for call in say.call_args_list
-                ]
-                assert set(names[:2]) <= set(data.SHAPES), names
-                results = json.loads((root / "seen" / "results_bbox.json").read_text())
-                assert {row["category_id"] for row in results} <= set(range(1, 11)) and results
-                assert {row["image_id"] for row in results} == {
-                    str(root / "photos" / name) for name in ("a.png", "sub/a.png")
-                }
-            else:
-                found = segment.read_map(drawn[1], 0)
-                assert found.shape == (60, 33) and found.max() < 11
+            check_predictions(script, root)
 
 
 @mock.patch.object(dense, "VIEW", 96)  # pixels of pictures
