@@ -529,7 +529,8 @@ def open_photographs(path):
     """An image file, or all in a folder, to any depth -> `Folder`; ValueError if there are none."""
     files = sum(list_all_images(path), []) if os.path.isdir(path) else [str(path)]
     if not files or not os.path.exists(path):
-        raise ValueError(f"{path} {'holds no images' if not files else 'does not exist'}")
+        what = "does not exist" if files else "holds no images"
+        raise ValueError(f"{path} {what}; give a photograph, or a folder of them")
     return Folder(files, [0] * len(files), [os.path.basename(path)])
 
 

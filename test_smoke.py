@@ -3348,7 +3348,7 @@ def test_a_probe_and_fine_tuning_learn_colours():
                     assert set(row["classes"]) == {"red", "green", "blue"}
                     close(sum(row["probabilities"]), 1, 1e-3)
                     assert row["probabilities"] == sorted(row["probabilities"], reverse=True)
-                tune_refused(*given, folder / "none.png", names=["none.png does not exist"])
+                tune_refused(*given, folder / "none.png", names=["none.png does not exist; give"])
 
 
 CLASSIFY = ("linear", "finetune", "knn", "logistic")

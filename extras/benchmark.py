@@ -231,7 +231,7 @@ def parse_args(argv=None):
         allow_abbrev=False,
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--loss", help="row of the tables in README; all: Table 4")
+    what.add_argument("--loss", choices=("all", *all_rows()), help="a row; all: Table 4")
     what.add_argument("--task", choices=CLASSES, help="training of one network")
     parser.add_argument("--steps", type=train.COUNT, default=10, help="to time; default: 10")
     args, flags = parser.parse_known_args(argv)

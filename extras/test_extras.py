@@ -586,6 +586,8 @@ def test_a_benchmark_of_all_rows_prints_each_relative_to_mse():
     close(float(rows[1][1]), float(rows[1][2]) / float(rows[0][2]), 0.1 * float(rows[1][1]))
     with mock.patch.dict("os.environ", RANK="0"):
         refused(*TINY, "--loss", "all", names=["--loss all", "torchrun"], script=benchmark)
+    status, errors = command("--loss", "mae", script=benchmark)
+    assert status == 2 and "'msg_gan_p'" in errors and "'boot_mae'" in errors
 
 
 def benchmark_of(*flags):
