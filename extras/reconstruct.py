@@ -22,7 +22,7 @@ README's picture of five losses:
     ROWS="mse ms_ssim ls_gan_p msg_gan_p stylegan2_ada_p"
     for ROW in $ROWS; do
         python train.py --loss $ROW --out runs/figure2/$ROW --model nano --data shapes-large \\
-            --image-size 48 --patch-size 4 --limit-images 10000 --epochs 10 --batch-size 32 \\
+            --image-size 64 --patch-size 4 --limit-images 10000 --epochs 10 --batch-size 32 \\
             --lr 2e-3 --warmup-epochs 1 --jitter 0 --crop-min 0.5
     done
     python -m extras.reconstruct --data shapes-large --val-images 1000 --inception-weights none \\
