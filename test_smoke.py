@@ -1762,6 +1762,10 @@ def test_every_kind_of_file_reads_as_upright_rgb():
         assert (read("dark.png", dark) == 1).all()
         real = Image.fromarray(np.array([[0, 0.5], [0.2, 1]], np.float32))  # in [0, 1]
         assert read("real.tif", real)[:, :, 0].tolist() == [[0, 128], [51, 255]]
+        whole = Image.fromarray(np.array([[0, 1]], np.int32))  # of 255: as dark as can be
+        assert read("whole.tif", whole)[:, :, 0].tolist() == [[0, 1]]
+        wide = Image.fromarray(np.full((4, 4), 100 * 257, np.int32))  # 16 bits kept in 32
+        assert (read("wide.tif", wide) == 100).all()
         palette = Image.new("RGB", (4, 4), (10, 200, 30)).quantize(4)
         assert np.abs(read("palette.png", palette)[0, 0] - [10, 200, 30]).max() <= 2
         half = Image.new("RGBA", (4, 4), (255, 0, 0, 0))  # red, but fully transparent: white
@@ -1837,16 +1841,21 @@ def test_folder_layouts_are_read_as_what_they_are():
         Path(parts[0].files[0]).unlink()
         now = data.open_sources(str(root / "imagenet" / "train"), image_size=32, seed=0)
         assert len(now[0]) + len(now[1]) == 26
+        other = data.open_sources(str(root / "imagenet" / "train"), image_size=32, seed=1)
+        assert other[1].files != now[1].files  # another seed holds out others
         assert {f for f in now[1].files if "more" not in f} <= set(parts[1].files)
         now = data.open_sources(str(root / "imagenet" / "train"), **options)
         assert now[1].files == parts[1].files
 
         assert len(parts[0].classes) == 2
-        other = data.open_sources(str(root / "imagenet" / "train"), image_size=32, seed=1)
-        assert other[1].files != parts[1].files  # another seed holds out others
         write_folder(root / "flat", classes=("",), count=20)
         flat = data.open_sources(str(root / "flat"), image_size=32, seed=0)
         assert [len(p) for p in flat] == [12, 8]
+
+    # Of many, about 1 %: of 4,000 the binomial's 40, within three of its deviations of 6.3.
+    many = data.Folder([f"photos/{i}.png" for i in range(4000)], [0] * 4000, ["photos"])
+    rest, held_out = data.hold_out(many, "photos", 0)
+    assert 21 < len(held_out) < 59 and len(rest) == 4000 - len(held_out)
 
 
 def test_pre_training_takes_folders_of_any_depth_and_labelled_tasks_do_not():
@@ -2094,6 +2103,7 @@ def test_a_run_notes_its_steps_and_what_was_started():
         assert [row["step"] for row in data.read_log(out / "steps.jsonl")] == [1, 2, 3, 4]
         assert len(log_of(out)) == 1 and weights["progress"]["step"] == 6
         assert len(data.read_log(out / "log.old.jsonl")) == 2
+        assert len(data.read_log(out / "steps.old.jsonl")) == 9
         # The old one goes on: it stays, and its log is not continued by the other's lines.
         own = ["--epochs", 3, "--resume", out / "checkpoint.old.pt"]
         assert command(*flags, *own)[0] == 0
