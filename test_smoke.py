@@ -2110,6 +2110,13 @@ def test_a_run_notes_its_steps_and_what_was_started():
         assert (out / "checkpoint.old.pt").read_bytes() == kept
         assert (out / "checkpoint.old2.pt").exists()
         assert [row["epoch"] for row in log_of(out)] == [3]
+    for given, said in (
+        ({}, "the same command continues"),
+        ({"steps": 3}, "to continue, raise --steps or leave it off"),
+        ({"steps": 4, "resume": "off"}, "to continue, add --resume auto"),
+    ):
+        args = SimpleNamespace(**{"epochs": 2, "steps": None, "resume": "auto"} | given)
+        assert train.ending({"epoch": 1, "step": 3}, args) == f"stopped at step 3; {said}"
     for name, epochs, expected in ((None, 60, [1, 2, 5, 10, 20, 50, 60]), (25, 60, [25, 50, 60])):
         args = SimpleNamespace(picture_every=name, epochs=epochs)
         assert [n for n in range(1, 61) if train.picture_is_due(n, args)] == expected
@@ -3295,20 +3302,23 @@ def test_a_run_that_ends_while_it_is_measured_has_saved_and_measures_when_it_goe
 
 
 @contextlib.contextmanager
-def signal_in_step(script, number):
-    """SIGTERM comes at the end of a script's step, when its processes have shared their signals."""
-    update, bar, steps, epochs = script.update, train.progress_bar, iter(range(1, 9)), iter("123")
+def signal_in_step(script, number, before=False):
+    """SIGTERM comes within a script's step, when or `before` its processes share their signals."""
+    name = "step_gradients" if before else "update"
+    function, steps = getattr(script, name), iter(range(1, 9))
+    bar, epochs = train.progress_bar, iter("123")
 
-    def signalled(run, apply):
-        update(run, apply)
+    def signalled(*args, **named):
+        result = function(*args, **named)
         if next(steps) == number:
             os.kill(os.getpid(), signal.SIGTERM)
+        return result
 
     def counted(*args):
         next(epochs)  # ends a loop without end
         return bar(*args)
 
-    with mock.patch.object(script, "update", signalled):
+    with mock.patch.object(script, name, signalled):
         with mock.patch.object(train, "progress_bar", counted):
             yield
 
@@ -3323,6 +3333,14 @@ def test_a_stop_signal_after_the_last_step_of_an_epoch_is_heeded_once_it_is_meas
                 progress = kept_in(out)["progress"]
                 assert (progress["epoch"], progress["epoch_step"]) == place
                 assert len(log_of(out)) == place[0] - 1
+    # Told before they share their signals, fine-tuning ends unmeasured: that may take minutes.
+    with scratch() as out:
+        own = [*probe, "--epochs", 2, "--out", out]
+        with signal_in_step(finetune, 2, before=True):
+            assert tune(*own)[0] == 128 + signal.SIGTERM
+        progress = kept_in(out)["progress"]
+        assert (progress["epoch"], progress["epoch_step"]) == (1, 2) and log_of(out) == []
+        assert tune(*own)[0] == 0 and [row["epoch"] for row in log_of(out)] == [1, 2]
 
 
 def test_a_probe_and_fine_tuning_learn_colours():
@@ -3403,6 +3421,12 @@ def test_images_that_training_held_out_are_those_that_are_measured():
         assert command(*FAST, "--limit-images", 4, "--seed", 2, *more)[0] == 0
         flags += ["--checkpoint", root / "more" / "checkpoint.pt"]
         tune_refused(*flags, "--seed", 2, names=["give --seed 1"])
+        # Another folder has its own choice, and a folder with val/ none.
+        write_folder(root / "other", count=20)
+        assert tune(*flags, "--seed", 2, "--data", root / "other")[0] == 0
+        for part in ("train", "val"):
+            write_folder(root / "photos" / part)
+        assert tune(*flags, "--seed", 2)[0] == 0
 
 
 # ---- On a GPU, where there is one ----------------------------------------------------------------

@@ -317,6 +317,13 @@ def test_an_evaluation_takes_the_images_that_training_held_out():
         assert command(*FAST, "--limit-images", 4, *more)[0] == 0
         later = root / "more" / "checkpoint.pt"
         refused(*given, later, names=["different images", "val"], script=reconstruct)
+        photos = [*CKA, "--data", root / "photos", "--checkpoint", one]
+        cka_refused(*photos, names=["give --seed 1"])
+        # With what seed another folder was seen does not.
+        more = ["--init", later, "--out", root / "last", "--seed", 1, "--epochs", 1]
+        assert command(*FAST, "--data", root / "photos", *more)[0] == 0
+        last = root / "last" / "checkpoint.pt"
+        assert command(*given, one, last, script=reconstruct)[0] == 0
         more = ["--loss", "r_mae", "--init", one, "--out", root / "sibling", "--seed", 2]
         photos = [*SIBLING, "--model", "nano", "--data", root / "photos", "--epochs", 1]
         refused(*photos, *more, names=["give --seed 1"], script=siblings)
@@ -393,7 +400,7 @@ def test_exported_weights_start_other_runs():
         source = root / "checkpoint.pt"
         save_autoencoder(source)
         ours = kept_in(root)["mae"]
-        given = ["--checkpoint", source, "--format", "mae", "--out", root / "." / "checkpoint.pt"]
+        given = ["--checkpoint", source, "--format", "mae", "--out", f"{root}/./checkpoint.pt"]
         refused(*given, names=["is the checkpoint itself"], script=export)
         for kind, kept in (("mae", 134), ("timm", 78), ("hf", 174)):
             file = root / f"{kind}.pt"
