@@ -53,7 +53,7 @@ def backward(run, images, mask_noise, seeds, *, eq3_on, share, args):
     G, the autoencoder, and D, the discriminator, minimise
 
         L^G = ||G(I_m) - I||_1 + L_feat^G + L_adv^G     PAPER: eq. 6; without the last term, eq. 7
-        L^D = 1/2 [(D(I) - 1)^2 + D(G(I_m))^2]          PAPER: eq. 4 (see `losses.lsgan_d_loss`)
+        L^D = 1/2 [(D(I) - 1)^2 + D(G(I_m))^2]          DIFFERS: eq. 4 halves the first alone
 
     with a weight before each term. `LOSSES` says which of them a row has, and what stands for the
     first: in `mse` the hidden patches' squared error, in `ms_ssim` eq. 2.
@@ -126,7 +126,8 @@ def backward(run, images, mask_noise, seeds, *, eq3_on, share, args):
     # PAPER SILENT: how many updates D makes per update of G, and in which order; phi's weights. D
     # and G make one update each per step. Both gradients are taken at the same weights, so that one
     # forward pass of D serves eq. 3, 4 and 5: eq. 3 compares two sets of features of the current D.
-    # (The authors take a copy, refreshed every five epochs.)
+    # (The authors take a copy, refreshed every five epochs; with MSG-GAN's D, eq. 3 has no gradient
+    # there.)
     if run.disc is not None:
         terms["discriminator"] = losses.lsgan_d_loss(logits_real, logits_fake)
         loss_d = run.scaler_d.scale(terms["discriminator"] * share)
@@ -666,7 +667,8 @@ def build_run(args, device):
         if device.type == "cuda" or recipe["adversary"] == "conv":
             # Tensor cores want it; on a CPU it speeds "conv" up and slows the others down.
             disc = disc.to(memory_format=torch.channels_last)
-        # PAPER SILENT: D's optimiser. Adam with GAN betas and no decay (the authors' code: as G's).
+        # PAPER SILENT: D's optimiser. Adam with GAN betas and no decay (the authors' code:
+        # G's rate and betas; only G's rate falls).
         run.opt_d = torch.optim.Adam(disc.parameters(), betas=tuple(args.d_betas), fused=True)
         run.disc, run.scaler_d = wrap(disc, device), scaler(device, dtype)
         run.parts |= {"disc": disc, "opt_d": run.opt_d, "scaler_d": run.scaler_d}

@@ -432,11 +432,11 @@ def build_parser(task, *, what, layout, width, scales, fits, layer_decay):
     task: the script's name. what: it does. layout: of --data. width, scales, layer_decay: defaults.
     fits: what an image that is enlarged by 1 does.
 
-    PAPER SILENT: settings of both tasks beyond rates, decay and epochs, which sec. 4 and Table 2
-    give for "all fine-tuned models". Ours: ViTDet's and MMSegmentation's layer-wise decay for
-    ViT-B, and both their stochastic depth; ViTDet's width of heads, and UperNet's usual 512
-    (MMSegmentation's for MAE's ViT-B: 768). The input size, too: the checkpoint's (pre-training:
-    224 px), unless --image-size; the field has 1024 and 512 px.
+    PAPER SILENT: settings of both tasks beyond rates, decay and epochs, which sec. 4 and the
+    supplement's Table 2 give for all fine-tuned models. Ours: ViTDet's and MMSegmentation's
+    layer-wise decay for ViT-B, and both their stochastic depth; ViTDet's width of heads, and
+    UperNet's usual 512 (MMSegmentation's for MAE's ViT-B: 768). The input size, too: the
+    checkpoint's (pre-training: 224 px), unless --image-size; the field has 1024 and 512 px.
     DIFFERS: supplement, Table 2, has mixup, cutmix, RandAug and label smoothing for "downstream
     datasets". They are taken for classification's alone.
     """

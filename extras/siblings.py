@@ -10,7 +10,8 @@ via Learning Occlusion Invariant Feature". PAPER, PAPER SILENT and DIFFERS mean 
 here. In order: networks, losses, samples, terms of a batch, what is measured, construction.
 
 Each is one network with one optimiser, so that the loop is finetune.py's; rates, schedule and
-flags are train.py's. Writes to OUT what train.py writes; finetune.py measures the encoder.
+flags are train.py's. DIFFERS: colour jitter of .4 is among them; BootMAE only crops and flips
+(--jitter 0). Writes to OUT what train.py writes; finetune.py measures the encoder.
 """
 
 import argparse
