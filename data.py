@@ -493,7 +493,8 @@ def scan_folder(folder, labelled=False):
     """Images in a folder, to any depth; or those of its class folders, with labels -> `Folder`.
 
     The label is a class folder's number, 0 where images lie in the folder itself. `empty` lists
-    the class folders that hold no images, and are left out.
+    the class folders that hold no images, and are left out. ValueError for images that lie deeper:
+    pre-training would see them, and hold out others.
     """
     images, subfolders = list_images(folder)
     if labelled and images and subfolders:
@@ -508,13 +509,20 @@ def scan_folder(folder, labelled=False):
         files, folders = list(itertools.chain(*by_folder)), len(by_folder)
         targets = [0] * len(files)
     elif subfolders:
-        found = {subfolder: list_images(subfolder)[0] for subfolder in subfolders}
+        inside = {subfolder: list_images(subfolder) for subfolder in subfolders}
+        found = {subfolder: direct for subfolder, (direct, _) in inside.items()}
         classes, empty = [], [os.path.basename(s) for s in subfolders if not found[s]]
         for subfolder in filter(found.get, subfolders):
             files += found[subfolder]
             targets += [len(classes)] * len(found[subfolder])
             classes.append(os.path.basename(subfolder))
         folders = len(classes)
+        deeper = [deep for _, below in inside.values() for deep in below if list_all_images(deep)]
+        if files and deeper:
+            raise ValueError(
+                f"{deeper[0]}/ holds images, deeper than class folders; keep images in "
+                f"{folder}/CLASS/ itself"
+            )
     if not files:
         hint = ""
         if len(subfolders) == 1 and list_images(subfolders[0])[1]:
@@ -537,8 +545,9 @@ def open_photographs(path):
 def hold_out(source, folder, seed):
     """Split a `Folder` without `val`: about 1 % of the images, at least 8, is held out.
 
-    A hash of the seed and an image's path in `folder` decides, so that files that come or go, or
-    lie deeper than class folders, leave the choice among the others as it is.
+    A hash of the seed and an image's path in `folder` decides, so that files that come or go leave
+    the choice among the others as it is. But where 8 are more than 1 %, surely below 1,500 images,
+    the smallest hashes win: a held-out image that goes brings in one that was trained on.
     """
 
     def draw(i):
@@ -568,6 +577,7 @@ def open_sources(data, *, image_size, seed, labelled=False):
     data: "shapes", "shapes-large", "cifar10" (downloaded to data/ once), or a folder: one of
     images, to any depth; or one that holds `train/` and `val/` (or `valid/`, `validation/`).
     Without validation images see `hold_out`. labelled: class folders, or images alone (one class).
+    A note says what was found, and what is not used.
     ValueError or OSError says what is wrong with it and what to do.
     """
     if data in DRAWN:
@@ -588,11 +598,17 @@ def open_sources(data, *, image_size, seed, labelled=False):
             "--demo"
         )
     here, unused = root, []
+    names = [name for name in ("val", "valid", "validation") if (root / name).is_dir()]
     if (root / "train").is_dir():
-        here, unused = root / "train", [os.path.basename(f) for f in list_images(root)[1]]
+        loose, folders = list_images(root)
+        here, unused = root / "train", [os.path.basename(f) for f in (*folders, *loose)]
         unused.remove("train")
+    elif names:
+        raise ValueError(
+            f"{root} has {names[0]}/, but no train/: move the other images to {root}/train, or "
+            f"rename {names[0]}/"
+        )
     found = scan_folder(here, labelled)
-    names = [name for name in ("val", "valid", "validation") if name in unused]
     if names:
         train, val = found, scan_folder(root / names[0], labelled)
         unused.remove(names[0])
@@ -607,7 +623,7 @@ def open_sources(data, *, image_size, seed, labelled=False):
     if empty:
         train.note += f"; folders without images: {', '.join(sorted(set(empty))[:3])}"
     if unused:
-        train.note += f"; not used: {', '.join(unused[:3])}"
+        train.note += f"; not used: {', '.join(unused[:3])}{', ...' * (len(unused) > 3)}"
     return train, val
 
 

@@ -679,7 +679,7 @@ def build_data(args):
     if getattr(val_source, "held_out", False) and len(val_set) < 100:
         say(
             f"{len(val_set)} images measure top-1: each is {100 / len(val_set):.1f} points; more "
-            f"in {args.data}/val would tell more"
+            f"in {args.data}/val, with the others in train/, would tell more"
         )
     args = argparse.Namespace(**vars(args) | {"classes": list(val_source.classes)})
     shown, asked = ({part.source.targets[i] for i in part.indices} for part in (train_set, val_set))
@@ -758,7 +758,9 @@ def build_parser():
     )
     parser.add_argument("--demo", action="store_true", help="after train.py --demo: against random")
     parser.add_argument("--eval", action="store_true", help="only measure finetune.py's checkpoint")
-    parser.add_argument("--predict", metavar="FILE|FOLDER", help="only name what is on photographs")
+    parser.add_argument(
+        "--predict", type=train.text, metavar="FILE|FOLDER", help="only name what is on photographs"
+    )
     train.add_flags(
         parser,
         "what to do",
@@ -813,10 +815,12 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.pool == "auto" and (args.task != "logistic" or args.demo):
         fail("--pool auto is for --task logistic alone; give cls or mean")
+    if args.demo and args.task != DEMO["task"]:
+        fail(f"--demo runs knn and logistic; leave --task {args.task} off")
     settle(args, TASKS[args.task], dict(pool="cls"))
     if sum(v is not None for v in (args.fraction, args.shots, args.limit_images)) > 1:
         fail("--fraction, --shots and --limit-images exclude each other; give one")
-    check_parts(args, "fraction", "crop_min", "label_smoothing")
+    train.check_parts(args, "fraction", "crop_min", "label_smoothing")
     if args.task == "linear" and train.images_per_step(args) // args.accum < 2:
         fail("--batch-size 1 leaves the probe's batch normalisation no variance; give 2 or more")
     if args.rand_augment > 10:
@@ -845,18 +849,9 @@ def settle(args, defaults, kept):
     args.lr = args.lr or args.blr * train.images_per_step(args) / 256
     beside = "runs/none" if args.checkpoint == "none" else Path(args.checkpoint).parent
     args.out = args.out or str(beside if args.eval else Path(beside) / args.task)
-    check_parts(args, "layer_decay", "drop_path")
+    train.check_parts(args, "layer_decay", "drop_path")
     if max(args.betas) >= 1:
         fail("--betas must be below 1")
-
-
-def check_parts(args, *names):
-    """Are these, where given, parts of a whole?"""
-    for name in names:
-        value, below = getattr(args, name), name in ("label_smoothing", "drop_path")
-        if value is not None and (value > 1 or (below and value == 1)):
-            most = "below 1" if below else "1 or less"
-            fail(f"--{name.replace('_', '-')} {value} must be {most}")
 
 
 # ---- Main ----------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -134,6 +135,14 @@ def command(*flags, script=train):
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
         signal.signal(number, handler)
     return status, errors.getvalue()
+
+
+def command_output(*flags, script=train):
+    """Run a script's main in this process -> standard output; it must succeed."""
+    output = io.StringIO()
+    with mock.patch.object(train, "say", lambda line, file=None: output.write(f"{line}\n")):
+        assert command(*flags, script=script)[0] == 0
+    return output.getvalue()
 
 
 def refused(*flags, names, script=train):
@@ -1560,6 +1569,23 @@ def test_learning_rate_follows_the_schedule():
         assert math.isclose(args.warmup_epochs, warmup)
 
 
+def test_a_flag_that_a_row_does_not_look_at_is_named_and_one_at_its_default_is_not():
+    for loss, said in (
+        ("mse", "adversarial-weight delta-s ada-target path-weight"),
+        ("ms_ssim", "adversarial-weight delta-s ada-target path-weight"),
+        ("dvae_p", "adversarial-weight ada-target path-weight"),
+        ("msg_gan", "delta-s ada-target path-weight"),
+        ("msg_gan_p", "ada-target path-weight"),
+        ("stylegan2_ada_p", ""),
+    ):
+        flags = ["--loss", loss, "--adversarial-weight", "0.5", "--delta-s", "1"]
+        flags += ["--ada-target", "0.5", "--path-weight", "1", "--delta-f", "0.05"]
+        with mock.patch.object(train, "say") as say:
+            train.parse_args(flags)
+        lines = [f"--{flag} has no effect on --loss {loss}" for flag in said.split()]
+        assert [call.args[0] for call in say.call_args_list] == lines
+
+
 def test_a_discriminator_at_rate_0_stays_as_drawn_while_g_learns_from_its_features():
     with scratch() as root:
         flags = [*FAST, "--loss", "msg_gan_p", "--limit-images", 8, "--adversarial-weight", 0]
@@ -1594,6 +1620,7 @@ def test_gpu_support_is_judged_by_machine_code_and_ptx():
     assert train.gpu_is_supported((12, 0), ["sm_80", "compute_90"])  # PTX compiles for later GPUs
     assert not train.gpu_is_supported((7, 0), ["sm_75", "sm_80", "sm_90a", "compute_120"])
     assert not train.gpu_is_supported((9, 0), ["sm_80"])
+    assert train.gpu_is_supported((9, 0), ["gfx90a", "gfx1100"])  # AMD's
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -1833,7 +1860,7 @@ def test_folder_layouts_are_read_as_what_they_are():
         assert [len(p) for p in parts] == [16, 8] and parts[1].files == again[1].files
         assert not set(parts[0].files) & set(parts[1].files)
 
-        # Files that come or go, or lie deeper, leave the choice among the others as it is.
+        # Files that come or go leave the choice among the others as it is.
         deep = root / "imagenet" / "train" / "a" / "more"
         deep.mkdir()
         for i in range(3):
@@ -1844,8 +1871,12 @@ def test_folder_layouts_are_read_as_what_they_are():
         other = data.open_sources(str(root / "imagenet" / "train"), image_size=32, seed=1)
         assert other[1].files != now[1].files  # another seed holds out others
         assert {f for f in now[1].files if "more" not in f} <= set(parts[1].files)
-        now = data.open_sources(str(root / "imagenet" / "train"), **options)
-        assert now[1].files == parts[1].files
+        # Labelled tasks would not see what lies deeper, and hold out others.
+        options["data"] = str(root / "imagenet" / "train")
+        raises_value_error(lambda: data.open_sources(**options), says=f"{deep}/ holds images")
+        for file in deep.iterdir():
+            file.unlink()
+        assert data.open_sources(**options)[1].files == parts[1].files
 
         assert len(parts[0].classes) == 2
         write_folder(root / "flat", classes=("",), count=20)
@@ -1892,6 +1923,17 @@ def test_pre_training_takes_folders_of_any_depth_and_labelled_tasks_do_not():
             "4 for validation in val/; folders without images: 0 empty; "
             "not used: test, valid, validation"
         )
+        Image.new("RGB", (32, 32)).save(root / "own" / "loose.png")
+        assert labelled(root / "own")[0].note.endswith("not used: test, valid, validation, ...")
+        for name in ("test", "valid", "validation"):
+            shutil.rmtree(root / "own" / name)
+        assert labelled(root / "own")[0].note.endswith("not used: loose.png")
+        # What is called validation is never trained on.
+        (root / "own" / "train").rename(root / "own" / "training")
+        raises_value_error(labelled, root / "own", says="has val/, but no train/")
+        raises_value_error(
+            lambda: data.open_sources(str(root / "own"), image_size=32, seed=0), says="no train/"
+        )
 
 
 def test_bad_input_ends_in_one_line_with_status_2():
@@ -1908,6 +1950,11 @@ def test_bad_input_ends_in_one_line_with_status_2():
         refused(*fast, "--patch-size", 64, names=["image size 32", "patch size 64"])
         refused(*fast, "--crop-min", 1.5, names=["--crop-min 1.5"])
         refused(*fast, "--ada-p", 1.5, names=["--ada-p 1.5"])
+        refused(*fast, "--ada-target", 1.5, names=["--ada-target 1.5"])
+        refused(*fast, "--alpha", 1.5, names=["--alpha 1.5"])
+        for flag in ("--init", "--data", "--out", "--resume"):  # a shell's variable is not set
+            status, errors = command(*fast, flag, "")
+            assert status == 2 and f"argument {flag}: it is empty" in errors, errors
         refused(*fast, "--loss", "ls_gan", "--norm-pix-loss", names=["--norm-pix-loss", "mse"])
         refused(*fast, "--loss", "ms_ssim", "--image-size", 16, names=["--image-size 16", "24"])
         scales = ["--loss", "msg_gan", "--image-size", 48, "--patch-size", 16]
@@ -2110,6 +2157,13 @@ def test_a_run_notes_its_steps_and_what_was_started():
         assert (out / "checkpoint.old.pt").read_bytes() == kept
         assert (out / "checkpoint.old2.pt").exists()
         assert [row["epoch"] for row in log_of(out)] == [3]
+        # Logs without a checkpoint, of a run that was killed early, are kept as well.
+        (out / "checkpoint.pt").unlink()
+        assert command(*flags, "--epochs", 1)[0] == 0
+        assert [row["epoch"] for row in log_of(out)] == [1]
+        assert [row["epoch"] for row in data.read_log(out / "log.old3.jsonl")] == [3]
+        left = command_output(*flags, "--epochs", 1, "--resume", out / "checkpoint.old.pt")
+        assert f"{out}/checkpoint.old.pt has all its 1 epochs; raise --epochs\n" in left
     for given, said in (
         ({}, "the same command continues"),
         ({"steps": 3}, "to continue, raise --steps or leave it off"),
@@ -3153,6 +3207,7 @@ def test_logistic_regression_takes_the_token_that_suits_held_out_images():
         *_, last = log_of(root)
         assert len(log_of(root)) == 3 and last["k"] == 7 and last["whiten"] is False
     tune_refused(*flags, "--task", "knn", "--pool", "auto", names=["--pool auto", "logistic"])
+    tune_refused("--demo", "--task", "finetune", names=["--demo", "leave --task finetune off"])
 
 
 def test_every_kind_of_autoencoder_and_published_files_load_as_they_were():
@@ -3260,6 +3315,13 @@ def test_fine_tuning_stopped_in_mid_epoch_continues_bit_for_bit_and_eval_agrees(
             assert tune(*flags, root / "twice")[0] == 0
             same_weights(root / "once", root / "twice")
             once, twice = log_of(root / "once"), log_of(root / "twice")
+            # From the best one on: it is kept, and the new run has a best one of its own.
+            best = root / "twice" / "best.pt"
+            kept = best.read_bytes()
+            given = [*flags, root / "twice", "--resume", best, "--epochs", 3, "--lr", 1e-9]
+            assert tune(*given)[0] == 0 and best.exists()
+            assert (root / "twice" / "best.old.pt").read_bytes() == kept != best.read_bytes()
+            assert torch.load(best, weights_only=True)["progress"]["epoch"] > 1
             for a, b in zip(once, twice, strict=True):
                 assert all(a[name] == b[name] for name in ("loss", *figures)), (a, b)
             best, output = max(once, key=lambda row: row["top1"]), io.StringIO()
@@ -3419,6 +3481,11 @@ def test_images_that_training_held_out_are_those_that_are_measured():
         more = ["--init", root / "run" / "checkpoint.pt", "--out", root / "more", "--epochs", 1]
         refused(*FAST, "--data", root / "photos", "--seed", 2, *more, names=["give --seed 1"])
         assert command(*FAST, "--limit-images", 4, "--seed", 2, *more)[0] == 0
+        # Nor is it forgotten where the run goes on without it.
+        more = ["--out", root / "more", "--epochs", 2, "--limit-images", 4]
+        assert command(*FAST, *more, "--seed", 2)[0] == 0
+        seen = torch.load(root / "more" / "checkpoint.pt", weights_only=True)["arguments"]["seen"]
+        assert seen == [[str((root / "photos").resolve()), 1], ["shapes", 2]]
         flags += ["--checkpoint", root / "more" / "checkpoint.pt"]
         tune_refused(*flags, "--seed", 2, names=["give --seed 1"])
         # Another folder has its own choice, and a folder with val/ none.

@@ -503,10 +503,13 @@ def check_gpu(device):
 def gpu_is_supported(capability, architectures):
     """Can a torch built for `architectures` ("sm_80", "compute_90") run on a (major, minor) GPU?
 
-    Machine code (sm) runs on later minors of its major; PTX (compute) on anything later.
+    Machine code (sm) runs on later minors of its major; PTX (compute) on anything later. What has
+    other names, AMD's gfx90a for instance, is left to torch.
     """
     for name in architectures:
         kind, _, number = name.partition("_")
+        if kind not in ("sm", "compute"):
+            return True
         number = int("".join(c for c in number if c.isdigit()))  # "90a" -> 90
         built = (number // 10, number % 10)
         if kind == "sm" and built[0] == capability[0] and built[1] <= capability[1]:
@@ -627,6 +630,13 @@ D_ADAM = {
     "conv": (2e-4, (0.5, 0.99)),
     "msg": (2e-4, (0.5, 0.99)),
     "stylegan2": (1e-4, (0.0, 0.99)),
+}
+# Flags that only rows with this part (see `LOSSES`) look at.
+USED_WITH = {
+    "adversary": ("adversarial_weight", "d_lr", "d_betas", "r1_gamma"),
+    "phi": ("delta_f", "delta_s", "feature_every"),
+    "ada": ("ada_p", "ada_target", "ada_images"),
+    "path": ("path_weight", "path_every"),
 }
 # A checkpoint continues only under the same values of these.
 MUST_FIT = (
@@ -791,7 +801,7 @@ def check_held_out(source, args):
     if others and getattr(source, "held_out", False):
         fail(
             f"training with --seed {others[0]} held out other images of {args.data}: give --seed "
-            f"{others[0]}, or put validation images into {args.data}/val"
+            f"{others[0]}, or keep images for validation in {args.data}/val, others in train/"
         )
 
 
@@ -972,10 +982,15 @@ def open_run(run, train_set, args):
     steps = sum_over_processes({"all": progress["step"]}, run.device)["all"]
     if steps != world_size() * progress["step"]:
         fail(f"the nodes disagree on {out}/checkpoint.pt: put --out on a disk that they share")
-    if is_main() and not finished(progress, args):
+    own = Path(args.resume).resolve() == (out / "checkpoint.pt").resolve()
+    own = own or (args.resume == "auto" and progress["step"] > 0)  # does it continue OUT's run?
+    begun = not finished(progress, args)
+    if begun and not own:
+        progress["best"] = -1.0  # its best.pt is not here
+    if is_main() and begun:
         open_output(out)
-        if args.resume != "auto":
-            keep_old_run(out, args)
+        if not own:
+            keep_old_run(out)
         trim_logs(out, progress)
         write_arguments(out, run, args)
         size, count = args.image_size, f"{layout['training images']} training images"
@@ -1038,6 +1053,8 @@ def resume(run, path, layout, args):
             group |= values  # what the flags say now, not then
     if others := changes(then, now, sorted(then.keys() - {"resume", "seen"})):
         say(f"{path} was trained with {others}")
+    seen = seen_by(checkpoint)
+    args.seen = [*seen, *(one for one in args.seen if one not in seen)]
     # Unreadable images are noted anew: they may have been repaired.
     return new_progress() | progress | {"layout": layout, "bad_images": []}
 
@@ -1058,10 +1075,13 @@ def made_by(script, checkpoint, *parts):
 
 def finished(progress, args):
     """A line that says so if the run has all of its epochs or steps already, else ""."""
+    run, other = args.resume, ""
+    if args.resume in ("auto", "off"):
+        run, other = args.out, ", or name another --out"
     if progress["epoch"] > args.epochs:
-        return f"{args.out} has all its {args.epochs} epochs; raise --epochs, or name another --out"
+        return f"{run} has all its {args.epochs} epochs; raise --epochs{other}"
     if args.steps and progress["step"] >= args.steps:
-        return f"{args.out} has its {args.steps} steps; raise --steps, or leave it off"
+        return f"{run} has its {args.steps} steps; raise --steps, or leave it off"
     return ""
 
 
@@ -1235,21 +1255,23 @@ def trim_logs(out, progress):
             os.replace(log.with_suffix(".tmp"), log)
 
 
-def keep_old_run(out, args):
-    """Rename the checkpoints and logs in OUT of a run that this one does not continue.
+def keep_old_run(out):
+    """Rename the checkpoints and logs in OUT, of a run that this one does not continue.
 
     Nothing is overwritten: the next ones become old2, then old3.
     """
-    path = out / "checkpoint.pt"
-    if not path.exists() or path.resolve() == Path(args.resume).resolve():
-        return
-    olds = itertools.chain(["old"], (f"old{n}" for n in itertools.count(2)))
-    old = next(old for old in olds if not (out / f"checkpoint.{old}.pt").exists())
+    names = ("best.pt", "log.jsonl", "steps.jsonl", "checkpoint.pt")
+    found = [name for name in names if (out / name).exists() and (out / name).stat().st_size]
+    for count in itertools.count(1):
+        old = f".old{count}." if count > 1 else ".old."
+        kept = [name.replace(".", old) for name in found]
+        if not any((out / name).exists() for name in kept):
+            break
     with writing(out):
-        for name in ("best.pt", "log.jsonl", "steps.jsonl", "checkpoint.pt"):
-            if (out / name).exists():
-                os.replace(out / name, out / name.replace(".", f".{old}."))
-    say(f"{path}, which this run does not continue, is now {out}/checkpoint.{old}.pt")
+        for name, new in zip(found, kept, strict=True):
+            os.replace(out / name, out / new)
+    if found:
+        say(f"{out}: what this run does not continue is kept, as {', '.join(kept)}")
 
 
 def write_arguments(out, run, args):
@@ -1455,6 +1477,13 @@ def at_least(low, kind=int, below=math.inf):
     return parse
 
 
+def text(value):
+    """argparse type: a text that says something; `--init "$FILE"` may not."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("it is empty; is a variable of the shell not set?")
+    return value
+
+
 COUNT, WHOLE = at_least(1), at_least(0)  # 1, 2, ...; 0, 1, 2, ...
 NUMBER, POSITIVE = at_least(0, float), at_least(1e-12, float)
 
@@ -1463,15 +1492,15 @@ def add_flags(parser, title, *rows):
     """A group of flags. rows: (name, type or choices, default, what it is); a pair of numbers is
     (NUMBER, NUMBER), an on-off flag with a --no- form is bool."""
     group = parser.add_argument_group(title)
-    for name, kind, default, text in rows:
-        how = {"type": kind}
+    for name, kind, default, what in rows:
+        how = {"type": text if kind is str else kind}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         elif kind == (NUMBER, NUMBER):
             how = {"type": NUMBER, "nargs": 2}
         elif not callable(kind):
             how = {"choices": list(kind)}
-        group.add_argument(name, default=default, help=text, **how)
+        group.add_argument(name, default=default, help=what, **how)
 
 
 # What finetune.py has, too.
@@ -1584,7 +1613,7 @@ def build_parser():
     add_flags(
         parser,
         "regularisation (StyleGANv2-ADA row; R1 works with any D)",
-        ("--ada-target", float, 0.6, "of E sign(D(real) - 1/2); 0.6 = 80 %% of real ones right"),
+        ("--ada-target", NUMBER, 0.6, "of E sign(D(real) - 1/2); 0.6 = 80 %% of real ones right"),
         ("--ada-images", COUNT, 500_000, "real images in which p can go from 0 to 1"),
         ("--ada-p", NUMBER, None, "fixed augmentation probability p"),
         ("--path-weight", NUMBER, 0.002, "of path lengths"),
@@ -1609,6 +1638,9 @@ def parse_args(argv=None):
         parser.set_defaults(**DEMO)  # flags that are given still win
     args = parser.parse_args(argv)
     recipe = LOSSES[args.loss]
+    unused = [flag for part, flags in USED_WITH.items() if not recipe[part] for flag in flags]
+    for flag in [f for f in unused if getattr(args, f) != parser.get_default(f)]:
+        say(f"--{flag.replace('_', '-')} has no effect on --loss {args.loss}")
     channels, most = model.DISCRIMINATOR_WIDTHS[args.model]
     args.d_channels, args.d_max = args.d_channels or channels, args.d_max or most
     args.arch = recipe["arch"] if args.arch == "auto" else args.arch
@@ -1622,8 +1654,7 @@ def parse_args(argv=None):
         fail(f"--norm-pix-loss is for masked MSE, --loss mse: {args.loss} has none")
     if args.loss == "ms_ssim" and args.image_size < 24:
         fail(f"--image-size {args.image_size} has no 4 scales for MS-SSIM; use 24 or more")
-    if args.ada_p is not None and args.ada_p > 1:
-        fail(f"--ada-p {args.ada_p} is a probability; give 0 to 1")
+    check_parts(args, "alpha", "ada_target", "ada_p")
     if max(args.d_betas) >= 1:
         fail("--d-betas must be below 1")
     return args
@@ -1640,10 +1671,18 @@ def settle(args):
     fits = args.image_size % args.patch_size == 0  # if not, `ViT` says so
     if fits and not 1 <= int(patches * (1 - args.mask_ratio)) < patches:
         fail(f"--mask-ratio {args.mask_ratio} of {patches} patches hides all of them or none")
-    if args.crop_min > 1:
-        fail(f"--crop-min {args.crop_min} is a part of the area; give 1 or less")
+    check_parts(args, "crop_min")
     if max(args.betas) >= 1:
         fail("--betas must be below 1")
+
+
+def check_parts(args, *names):
+    """Are these, where given, parts of a whole?"""
+    for name in names:
+        value, below = getattr(args, name), name in ("label_smoothing", "drop_path")
+        if value is not None and (value > 1 or (below and value == 1)):
+            most = "below 1" if below else "1 or less"
+            fail(f"--{name.replace('_', '-')} {value} must be {most}")
 
 
 # ---- Main ----------------------------------------------------------------------------------------

@@ -447,7 +447,9 @@ def build_parser(task, *, what, layout, width, scales, fits, layer_decay):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--eval", action="store_true", help="only measure this script's checkpoint")
-    parser.add_argument("--predict", metavar="FILE|FOLDER", help="only draw it for photographs")
+    parser.add_argument(
+        "--predict", type=train.text, metavar="FILE|FOLDER", help="only draw it for photographs"
+    )
     train.add_flags(
         parser,
         "network",

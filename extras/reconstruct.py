@@ -428,7 +428,7 @@ def build_data(runs, args):
     if len(seeds) > 1 and getattr(source, "held_out", False):
         fail(
             f"the checkpoints held out different images (seeds {seeds}): evaluate them apart, or "
-            f"put validation images into {folder}/val"
+            f"keep images for validation in {folder}/val, others in train/"
         )
     return data.PretrainSet(
         source,
