@@ -2162,6 +2162,10 @@ def test_a_run_notes_its_steps_and_what_was_started():
         assert command(*flags, "--epochs", 1)[0] == 0
         assert [row["epoch"] for row in log_of(out)] == [1]
         assert [row["epoch"] for row in data.read_log(out / "log.old3.jsonl")] == [3]
+        for name in ("log.jsonl", "steps.jsonl"):  # empty ones tell nothing
+            (out / name).write_text("")
+        (out / "checkpoint.pt").unlink()
+        assert "kept" not in command_output(*flags, "--epochs", 1)
         left = command_output(*flags, "--epochs", 1, "--resume", out / "checkpoint.old.pt")
         assert f"{out}/checkpoint.old.pt has all its 1 epochs; raise --epochs\n" in left
     for given, said in (
@@ -3315,10 +3319,17 @@ def test_fine_tuning_stopped_in_mid_epoch_continues_bit_for_bit_and_eval_agrees(
             assert tune(*flags, root / "twice")[0] == 0
             same_weights(root / "once", root / "twice")
             once, twice = log_of(root / "once"), log_of(root / "twice")
+            # A run that goes on remembers its best.
+            last = root / "twice" / "checkpoint.pt"
+            state = torch.load(last, weights_only=True)
+            state["progress"]["best"] = 99.0
+            torch.save(state, last)
+            assert tune(*flags, root / "twice", "--epochs", 3)[0] == 0
+            assert torch.load(last, weights_only=True)["progress"]["best"] == 99.0
             # From the best one on: it is kept, and the new run has a best one of its own.
             best = root / "twice" / "best.pt"
             kept = best.read_bytes()
-            given = [*flags, root / "twice", "--resume", best, "--epochs", 3, "--lr", 1e-9]
+            given = [*flags, root / "twice", "--resume", best, "--epochs", 4, "--lr", 1e-9]
             assert tune(*given)[0] == 0 and best.exists()
             assert (root / "twice" / "best.old.pt").read_bytes() == kept != best.read_bytes()
             assert torch.load(best, weights_only=True)["progress"]["epoch"] > 1
