@@ -641,7 +641,9 @@ class PretrainSet(Dataset):
 
     image: uint8 (3, S, S). mask_noise: (N,), which fixes the mask. seed: int, for whatever else
     this sample draws. bad: [(index, reason)] of files that could not be read on the way to a
-    readable one; the next image stands in for them.
+    readable one; the next image stands in for them. After more than `bad_limit` the image is black:
+    end the run then, and show the reasons (train.py's `note_bad_images`). They may be a source's or
+    a transform's own errors.
 
     With `epoch_images` an epoch has that many samples. It repeats images if they are fewer, each
     time with draws of its own: pre-training on 1 to 1000 images (Kong and Zhang 2023, Table 6, who

@@ -96,9 +96,10 @@ def patch_errors(reconstruction, images, patch_size, norm_pix=False):
     reconstruction, images: (B, 3, H, W) in [0, 1]. norm_pix: each target patch is normalised by its
     own mean and deviation, and the network predicts the normalised patch.
     """
+    reconstruction, images = reconstruction.float(), images.float()
     mean, std = per_channel(IMAGENET_MEAN, images), per_channel(IMAGENET_STD, images)
-    prediction = patchify((reconstruction.float() - mean) / std, patch_size)
-    target = patchify((images.float() - mean) / std, patch_size)
+    prediction = patchify((reconstruction - mean) / std, patch_size)
+    target = patchify((images - mean) / std, patch_size)
     if norm_pix:
         patch_mean, patch_std = patch_statistics(target)
         target = (target - patch_mean) / patch_std
@@ -110,9 +111,13 @@ def masked_mse(reconstruction, images, mask, patch_size, norm_pix=False):
 
     PAPER SILENT: whether `mse` has norm_pix, MAE's better variant; off unless --norm-pix-loss.
 
-    mask: (B, N), 1 = hidden; visible patches give no gradient. Others: see `patch_errors`.
+    mask: (B, N), 1 = hidden; visible patches give no gradient. Others: see `patch_errors`. nan if
+    none is hidden. ValueError for a mask of another shape.
     """
-    return (patch_errors(reconstruction, images, patch_size, norm_pix) * mask).sum() / mask.sum()
+    errors = patch_errors(reconstruction, images, patch_size, norm_pix)
+    if errors.shape != mask.shape:
+        raise ValueError(f"a mask of {list(mask.shape)} for patches of {list(errors.shape)}")
+    return (errors * mask).sum() / mask.sum()
 
 
 # ---- L1 (eq. 1) ----------------------------------------------------------------------------------
@@ -137,7 +142,8 @@ def ssim_map(x, y, window):
 
     x, y: (B, C, H, W) in [0, 1]. window: (k, k), weights that sum to 1, of x's type and device.
     Returns (B, C, H - k + 1, W - k + 1) in [-1, 1]; 1 = equal. Population variances; constants
-    for a data range of 1.
+    for a data range of 1. Autocast is off: variances are differences of squares, which half
+    precision would lose (its error rivals C2).
     """
     C1, C2 = 0.01**2, 0.03**2
     C = x.shape[1]
@@ -146,10 +152,11 @@ def ssim_map(x, y, window):
     def mean(v):
         return F.conv2d(v, kernel, groups=C)
 
-    mu_x, mu_y = mean(x), mean(y)
-    var_x = mean(x * x) - mu_x * mu_x
-    var_y = mean(y * y) - mu_y * mu_y
-    cov = mean(x * y) - mu_x * mu_y
+    with torch.autocast(x.device.type, enabled=False):
+        mu_x, mu_y = mean(x), mean(y)
+        var_x = mean(x * x) - mu_x * mu_x
+        var_y = mean(y * y) - mu_y * mu_y
+        cov = mean(x * y) - mu_x * mu_y
     luminance = (2 * mu_x * mu_y + C1) / (mu_x**2 + mu_y**2 + C1)
     return luminance * (2 * cov + C2) / (var_x + var_y + C2)
 
@@ -171,17 +178,15 @@ def ms_ssim_l1(reconstruction, images, alpha=0.85, scales=4):
             f"images of {images.shape[2]} x {images.shape[3]} px have no {scales} scales for "
             f"MS-SSIM; use {3 << (scales - 1)} px or more"
         )
-    # Variances are differences of squares: half precision would lose them (its error rivals C2).
-    with torch.autocast(images.device.type, enabled=False):
-        x, y = reconstruction.float(), images.float()
-        window = x.new_full((3, 3), 1 / 9)
-        total = 0
-        for scale in range(scales):
-            if scale:
-                x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
-            dissimilarity = (1 - ssim_map(x, y, window).mean()) / 2
-            total = total + alpha * dissimilarity + (1 - alpha) * F.l1_loss(x, y)
-        return total / scales
+    x, y = reconstruction.float(), images.float()
+    window = x.new_full((3, 3), 1 / 9)
+    total = 0
+    for scale in range(scales):
+        if scale:
+            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+        dissimilarity = (1 - ssim_map(x, y, window).mean()) / 2
+        total = total + alpha * dissimilarity + (1 - alpha) * F.l1_loss(x, y)
+    return total / scales
 
 
 # ---- The pixel term of a row ---------------------------------------------------------------------
@@ -204,11 +209,14 @@ def pixel_loss(kind, fakes, reals, mask, *, patch_size, norm_pix=False, alpha=0.
             norm_here = norm_pix and level == 0
             terms.append(masked_mse(fake, real, mask, patch_size >> level, norm_here))
         elif kind == "ms_ssim_l1":
-            fitting = min(4, (real.shape[2] // 3).bit_length())  # scales that hold a 3 px window
+            side = min(real.shape[2:])
+            fitting = min(4, (side // 3).bit_length())  # scales that hold a 3 px window
             if fitting:
                 terms.append(ms_ssim_l1(fake, real, alpha=alpha, scales=fitting))
-        else:
+        elif kind == "l1":
             terms.append(normalised_l1(fake, real))
+        else:
+            raise ValueError(f"there is no pixel term {kind!r}; there are mse, ms_ssim_l1, l1")
     return sum(terms) / len(terms)
 
 

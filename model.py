@@ -79,7 +79,9 @@ def imagenet_denormalize(images):
 
 
 def check_size(images, side):
-    """ValueError if images (B, 3, H, W) are not side x side, which a network was built for."""
+    """ValueError if images are not float (B, 3, side, side), which a network was built for."""
+    if not images.is_floating_point():
+        raise ValueError(f"images of {images.dtype}: give float ones in [0, 1]")
     if images.shape[2:] != (side, side):
         raise ValueError(f"images of {list(images.shape[2:])} for a network of {side} px squares")
 
@@ -96,10 +98,10 @@ def finest(images):
     return images if isinstance(images, torch.Tensor) else images[0]
 
 
-def check_name(size):
-    """ValueError for a size that is not in MAE_SIZES."""
-    if size not in MAE_SIZES:
-        raise ValueError(f"there is no size {size!r}; there are {', '.join(MAE_SIZES)}")
+def check_name(what, name, names):
+    """ValueError if a name, of a size for instance, is not among those that there are."""
+    if name not in names:
+        raise ValueError(f"there is no {what} {name!r}; there are {', '.join(names)}")
 
 
 def unpatchify(patches, patch_size):
@@ -131,9 +133,11 @@ def random_masking(mask_noise, mask_ratio):
 
     mask_noise: (B, N), any distribution without ties. Returns ids_keep (B, K), the visible patches;
     ids_restore (B, N), which undoes the shuffle "visible first, then hidden"; and mask (B, N),
-    1 = hidden, 0 = visible. K = int(N * (1 - mask_ratio)), as in the published MAE.
-    PAPER: sec. 4, "we mask 75% of input patches".
+    1 = hidden, 0 = visible. K = int(N * (1 - mask_ratio)), as in the published MAE. ValueError for
+    a mask_ratio outside [0, 1]. PAPER: sec. 4, "we mask 75% of input patches".
     """
+    if not 0 <= mask_ratio <= 1:
+        raise ValueError(f"mask_ratio {mask_ratio} is no part of the patches; give 0 to 1")
     B, N = mask_noise.shape
     K = int(N * (1 - mask_ratio))
     # Sorting noise shuffles each sample by itself, in one call for the batch; every sample keeps
@@ -372,10 +376,13 @@ class MAE(ViT):
         images: (B, 3, H, W) in [0, 1]. mask_noise: (B, N) fixes the mask (see `random_masking`);
         None draws it. Returns ([reconstruction (B, 3, h, w), ...], mask (B, N) with 1 = hidden).
         The list holds one image per scale, finest first: H, H/2, H/4, ... Values are in [0, 1]
-        units, float32, unclamped.
+        units, float32, unclamped. ValueError for noise of another shape.
         """
+        shape = (len(images), self.side**2)
         if mask_noise is None:
-            mask_noise = torch.rand(len(images), self.side**2, device=images.device)
+            mask_noise = torch.rand(shape, device=images.device)
+        if mask_noise.shape != shape:
+            raise ValueError(f"mask_noise of {list(mask_noise.shape)} where {list(shape)} is due")
         ids_keep, ids_restore, mask = random_masking(mask_noise, mask_ratio)
         inputs = self.decoder_inputs(images, ids_keep, ids_restore)  # the encoder sees K patches
         return self.decode(inputs), mask
@@ -478,11 +485,13 @@ class MSGMAE(MAE):
 def build_mae(size, image_size=224, patch_size=16, arch="mae", scales=1):
     """An autoencoder of a size in MAE_SIZES: arch "mae" or "msg_mae", with `scales` outputs.
 
-    ValueError for another size, or if patch size and image, or scales and patch, do not fit.
+    ValueError for another name, or if patch size and image, or scales and patch, do not fit.
     """
-    check_name(size)
-    network = {"mae": MAE, "msg_mae": MSGMAE}[arch]
-    return network(image_size=image_size, patch_size=patch_size, scales=scales, **MAE_SIZES[size])
+    check_name("size", size, MAE_SIZES)
+    networks = {"mae": MAE, "msg_mae": MSGMAE}
+    check_name("arch", arch, networks)
+    sizes = dict(image_size=image_size, patch_size=patch_size, scales=scales)
+    return networks[arch](**sizes, **MAE_SIZES[size])
 
 
 # ---- Discriminator D, which is also the loss network phi (sec. 3.1) ------------------------------
@@ -762,7 +771,10 @@ def append_minibatch_std(x, group):
 
 
 class Epilogue(nn.Module):
-    """Last map (B, C, side, side) and its minibatch deviation -> logits (B,), in float32."""
+    """Last map (B, C, side, side) and its minibatch deviation -> logits (B,).
+
+    In the weights' type, float32, whatever the autocast.
+    """
 
     def __init__(self, width, side, mbstd_group):
         super().__init__()
@@ -773,7 +785,8 @@ class Epilogue(nn.Module):
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
-            x = self.conv(append_minibatch_std(x.float(), self.mbstd_group))
+            x = x.to(self.logit.weight.dtype)
+            x = self.conv(append_minibatch_std(x, self.mbstd_group))
             return self.logit(self.hidden(x.flatten(1))).squeeze(1)
 
 
@@ -830,12 +843,13 @@ class StyleGAN2Discriminator(nn.Module):
 def build_discriminator(kind, image_size, scales, channels, max_channels):
     """D of a LOSSES row: kind "conv", "msg" or "stylegan2", for `scales` images, finest first.
 
-    ValueError where the scales or widths do not fit the image size.
+    ValueError for another kind, or where scales or widths do not fit the image size.
     """
     if kind == "conv":
         return ConvDiscriminator(image_size, channels, max_channels)
-    network = {"msg": MSGDiscriminator, "stylegan2": StyleGAN2Discriminator}[kind]
-    return network(image_size, scales, channels, max_channels)
+    networks = {"msg": MSGDiscriminator, "stylegan2": StyleGAN2Discriminator}
+    check_name("kind of D", kind, ("conv", *networks))
+    return networks[kind](image_size, scales, channels, max_channels)
 
 
 # ---- Adaptive discriminator augmentation (sec. 3.2; Karras et al. 2020) --------------------------
@@ -1088,6 +1102,7 @@ class BatchStandardize(nn.Module):
 
     As nn.BatchNorm1d(affine=False), but with the statistics of all processes' batches, so that
     two processes do what one with twice the batch does (nn.SyncBatchNorm does it on GPUs alone).
+    ValueError for a single sample in training: it has no variance.
     """
 
     def __init__(self, width, momentum=0.1, eps=1e-6):
@@ -1099,6 +1114,8 @@ class BatchStandardize(nn.Module):
     def forward(self, x):
         x, mean, var = x.float(), self.running_mean, self.running_var
         if self.training:
+            if len(x) == 1 and not dist.is_initialized():
+                raise ValueError("batch normalisation of one sample: it has no variance")
             double = x.double()
             sums = torch.stack([torch.ones_like(double), double, double.square()]).sum(1)  # (3, C)
             if dist.is_initialized():
@@ -1117,6 +1134,7 @@ class BatchStandardize(nn.Module):
 
 def pooled(tokens, pool):
     """Tokens (B, 1 + N, C) -> (B, C): CLS, "cls", or the "mean" of the patches'."""
+    check_name("pool", pool, ("cls", "mean"))
     return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
 
 
@@ -1141,7 +1159,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(width, classes)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
-        self.encoder.requires_grad_(not frozen)
+        self.encoder.requires_grad_(not frozen).train(not frozen)
 
     def train(self, mode=True):
         super().train(mode)
@@ -1156,7 +1174,8 @@ class Classifier(nn.Module):
     def forward(self, images):
         x = self.standardize(self.features(images))
         with torch.autocast(x.device.type, enabled=False):
-            return self.head(x.float())  # half precision would tie logits that differ by a 16th
+            # In float32, the weights' type: half would tie logits that differ by a 16th.
+            return self.head(x.to(self.head.weight.dtype))
 
     def layers(self):
         """Parameters from input to output: [[embedding], [block 1], ..., [norm, head]]."""
@@ -1166,7 +1185,7 @@ class Classifier(nn.Module):
 
 def build_encoder(size, image_size, patch_size, drop=0.0):
     """The encoder of a size in MAE_SIZES; ValueError if the patch size does not fit the image."""
-    check_name(size)
+    check_name("size", size, MAE_SIZES)
     sizes = {k: MAE_SIZES[size][k] for k in ("width", "depth", "heads")}
     return ViT(image_size=image_size, patch_size=patch_size, drop=drop, **sizes)
 
@@ -1386,7 +1405,9 @@ def load_whole(network, weights, path):
 def load_encoder(path):
     """An encoder from any file that `read_weights` takes -> `ViT` in evaluation mode, on the CPU.
 
-    Its sizes are read from the weights. ValueError, one line, for any other file.
+    Its sizes are read from the weights. It normalises by ImageNet's mean and deviation. Weights
+    that were trained under others, as timm's augreg ones (.5, .5), load, but see wrong colours.
+    ValueError, one line, for any other file.
     """
     weights, _ = read_weights(path)
     sizes = published_sizes(weights, path)

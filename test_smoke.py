@@ -1285,6 +1285,63 @@ def test_networks_refuse_images_of_another_size_than_theirs():
             raises_value_error(disc, images, says=f"[{size}, {size}] for a network of 32 px")
 
 
+def test_networks_and_losses_refuse_what_would_go_wrong_in_silence():
+    images, one = torch.rand(2, 3, 32, 32), torch.rand(1, 16)
+    mae, encoder = model.build_mae("nano", 32, 8), model.build_encoder("nano", 32, 8)
+    for network in (mae, encoder, model.build_mae("nano", 32, 8, "msg_mae", 2)):
+        raises_value_error(network, (images * 255).byte(), says="torch.uint8: give float ones")
+    raises_value_error(mae, images, 0.75, one, says="of [1, 16] where [2, 16] is due")
+    for ratio in (75, -0.1):
+        raises_value_error(mae, images, ratio, says=f"mask_ratio {ratio}")
+    raises_value_error(losses.masked_mse, images, images, one, 8, says="a mask of [1, 16]")
+
+    def pixel_loss(kind):
+        return losses.pixel_loss(kind, [images], [images], torch.ones(2, 16), patch_size=8)
+
+    raises_value_error(pixel_loss, "ms_ssim", says="'ms_ssim'; there are mse, ms_ssim_l1")
+    raises_value_error(model.pooled, torch.rand(2, 5, 4), "CLS", says="'CLS'; there are cls, mean")
+    raises_value_error(model.build_mae, "nano", 32, 8, "msgmae", says="there are mae, msg_mae")
+    kind = "stylegan", 32, 2, 4, 8
+    raises_value_error(model.build_discriminator, *kind, says="there are conv, msg, stylegan2")
+    raises_value_error(model.BatchStandardize(4), torch.rand(1, 4), says="no variance")
+    model.BatchStandardize(4).eval()(torch.rand(1, 4))
+
+
+def test_networks_and_losses_compute_in_other_precisions_than_float32():
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 32, 32)
+    encoder = model.build_encoder("nano", 32, 8, drop=0.5)
+    probe = model.Classifier(encoder, 3, frozen=True)  # from the start without drop path
+    assert torch.equal(probe.features(images), probe.features(images))
+    probe.eval()
+    disc = model.build_discriminator("stylegan2", 32, 1, 4, 8)
+    for network, x in ((probe, images), (disc, [images])):
+        out = network(x)
+        twice = [v.double() for v in x] if isinstance(x, list) else x.double()
+        again = network.double()(twice)
+        if network is disc:
+            out, again = out[0], again[0]
+        assert again.dtype == torch.float64
+        close(again, out, 1e-5)
+    # Under autocast SSIM keeps its digits.
+    flat = 0.5 + 0.01 * torch.rand(1, 1, 16, 16)
+    window = torch.full((3, 3), 1 / 9)
+    exact = losses.ssim_map(flat, flat + 1e-3, window)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(losses.ssim_map(flat, flat + 1e-3, window), exact)
+    # ImageNet's constants are float32's, whatever the images are.
+    half, mask = images.bfloat16(), torch.ones(2, 16)
+    close(
+        losses.masked_mse(half.flip(0), half, mask, 8),
+        losses.masked_mse(half.flip(0).float(), half.float(), mask, 8),
+        1e-6,
+    )
+    # Of a flat picture MS-SSIM takes the scales whose shorter side holds a window: 16, 8, 4 px.
+    tall, args = torch.rand(1, 3, 48, 16), dict(mask=None, patch_size=8)
+    loss = losses.pixel_loss("ms_ssim_l1", [tall.flip(3)], [tall], **args)
+    close(loss, losses.ms_ssim_l1(tall.flip(3), tall, scales=3), 1e-7)
+
+
 def test_d_loss_leaves_g_without_gradient():
     run, args = tiny_run("--loss", "ls_gan", "--pixel-weight", "0", "--adversarial-weight", "0")
     backward(run, tiny_batch(), False, args)
