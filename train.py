@@ -1638,9 +1638,9 @@ def parse_args(argv=None):
         parser.set_defaults(**DEMO)  # flags that are given still win
     args = parser.parse_args(argv)
     recipe = LOSSES[args.loss]
-    unused = [flag for part, flags in USED_WITH.items() if not recipe[part] for flag in flags]
-    for flag in [f for f in unused if getattr(args, f) != parser.get_default(f)]:
-        say(f"--{flag.replace('_', '-')} has no effect on --loss {args.loss}")
+    for part, flags in USED_WITH.items():
+        if not recipe[part]:
+            name_unused(args, flags, parser)
     channels, most = model.DISCRIMINATOR_WIDTHS[args.model]
     args.d_channels, args.d_max = args.d_channels or channels, args.d_max or most
     args.arch = recipe["arch"] if args.arch == "auto" else args.arch
@@ -1658,6 +1658,13 @@ def parse_args(argv=None):
     if max(args.d_betas) >= 1:
         fail("--d-betas must be below 1")
     return args
+
+
+def name_unused(args, flags, parser):
+    """Name those of the flags, which --loss does not look at, that were given."""
+    for flag in flags:
+        if getattr(args, flag) != parser.get_default(flag):
+            say(f"--{flag.replace('_', '-')} has no effect on --loss {args.loss}")
 
 
 def settle(args):

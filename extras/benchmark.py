@@ -6,10 +6,10 @@
     python -m extras.benchmark --task detect --image-size 512   # or linear, finetune, segment
 
 Times steps on random images, in the process that runs it; no loader, and nothing is written. All
-other flags are those of what is timed: train.py's or extras/siblings.py's with --loss, those of
-finetune.py, extras/detect.py or extras/segment.py with --task (there --checkpoint none, random
-weights, unless given). Prints one JSON line: seconds per step, images per second, peak memory,
-parameters; --loss all a table, from a process for each row.
+other flags are those of what is timed: train.py's or extras/siblings.py's with --loss (with --loss
+all those that both have); those of finetune.py, extras/detect.py or extras/segment.py with --task
+(there --checkpoint none, random weights, unless given). Prints one JSON line: seconds per step,
+images per second, peak memory, parameters; --loss all a table, from a process for each row.
 
 With --loss the perceptual term, eq. 3, is on; ADA is at p = .5 unless --ada-p says otherwise, since
 it costs nothing at the p = 0 of a start; weights of phi and of a teacher that are not given are
@@ -136,7 +136,8 @@ def time_sibling(loss, flags, count, device):
 
     with tempfile.TemporaryDirectory() as folder:
         stand_in = f"{folder}/teacher.pth"
-        args = siblings.parse_args([f"--teacher={stand_in}", *flags, "--loss", loss])
+        own = [f"--teacher={stand_in}"] if loss == "feature_mae" else []
+        args = siblings.parse_args([*own, *flags, "--loss", loss])
         teacher = model.build_mae(args.model, args.image_size, args.patch_size).state_dict()
         torch.save(teacher, stand_in)
         run = siblings.build_run(args, device)
@@ -237,7 +238,20 @@ def parse_args(argv=None):
     args, flags = parser.parse_known_args(argv)
     if args.loss == "all" and "RANK" in os.environ:
         fail("--loss all starts a process for each row: name one row, or leave torchrun off")
+    if args.loss == "all":
+        refuse_flags_of_some_rows(flags)
     return args, flags
+
+
+def refuse_flags_of_some_rows(flags):
+    """Status 2, before anything is timed, for a flag that only train.py or siblings.py has."""
+    from extras import siblings
+
+    for script, rows in ((train, losses.LOSSES), (siblings, siblings.SIBLINGS)):
+        for loss in [row for row in all_rows() if row in rows][:1]:
+            unknown = script.build_parser().parse_known_args([*flags, "--loss", loss])[1]
+            if unknown:
+                fail(f"{loss} has no {unknown[0]}: time rows that have it one by one, --loss ROW")
 
 
 def main(argv=None):

@@ -3,7 +3,8 @@
 No script: extras/detect.py measures with it. In order: average precision; results, as COCO's tools
 take them; masks; the reader of a data set. The same values as pycocotools', digit for digit.
 
-To copy: needs numpy, torch and pillow; the reader needs data.py and dense.py, too.
+To copy: average precision and masks need numpy and torch; `write_results` takes a line of train.py,
+and the reader data.py and dense.py.
 """
 
 import json
@@ -214,7 +215,10 @@ def run_lengths(counts):
                 value -= (group & 16) << (shift - 4)
                 counts.append(value + counts[-2] if len(counts) > 2 else value)
                 value, shift = 0, 0
-    return np.asarray(counts, np.int64)
+    runs = np.asarray(counts, np.int64)
+    if not isinstance(counts, str) and (runs != counts).any():
+        raise ValueError("has run lengths that are not whole numbers")
+    return runs
 
 
 def rle_to_mask(counts, height, width):
@@ -291,7 +295,8 @@ def compact(row):
     """A JSON object, its polygons as arrays: a quarter of the memory while the file is read."""
     outline = row.get("segmentation")
     if isinstance(outline, list):
-        with suppress(TypeError, ValueError):  # `CocoScenes` says which annotation it is
+        # `CocoScenes` says which annotation it is.
+        with suppress(OverflowError, TypeError, ValueError):
             row["segmentation"] = [np.array(part, np.float64) for part in outline]
     return row
 
@@ -394,7 +399,8 @@ class CocoScenes(Dataset):
         """Fill the arrays of objects from the file's annotations; every: ids of all its images."""
         place = {image_id: i for i, image_id in enumerate(self.image_ids)}
         label = {category_id: n for n, category_id in enumerate(self.category_ids, start=1)}
-        found, none = [], 0  # (image, label, box, area, crowd, is it run lengths?), their outlines
+        found = []  # (image, label, box, area, crowd, is it run lengths?), their outlines
+        none = outside = reach = 0
         for number, row in enumerate(rows):
             try:
                 image, category = row["image_id"], row["category_id"]
@@ -407,7 +413,9 @@ class CocoScenes(Dataset):
                 box, area = self._box(row), row.get("area")
                 outline, runs = self._outline(row, self.sizes[place[image]].tolist())
                 area = np.nan if area is None else float(area)  # counted when it is drawn
-                crowd = bool(row.get("iscrowd"))
+                crowd = row.get("iscrowd")
+                if crowd not in (0, 1, None):
+                    raise ValueError(f"has iscrowd {crowd!r}, not 0 or 1")
             except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
                 name = row.get("id", f"number {number + 1}")
                 what = f"has no {error}" if isinstance(error, KeyError) else error
@@ -415,8 +423,16 @@ class CocoScenes(Dataset):
             if not outline and (box[2:] <= box[:2]).any():
                 none += 1
                 continue
+            beyond = (box[2:] <= 0) | (box[:2] >= self.sizes[place[image]][::-1])
+            if (box[2:] > box[:2]).all() and beyond.any():
+                outside += 1
+                continue
+            reach = max(reach, *box[2:], *(np.inf if runs else part.max() for part in outline))
+            crowd = bool(crowd)
             found.append((place[image], label[category], *box, area, crowd, runs, outline))
 
+        if found and reach <= 1:
+            raise ValueError(f"{self.path} has no corner beyond pixel 1: give boxes in pixels")
         found.sort(key=lambda row: row[0])  # stable: an image's objects as the file has them
         *columns, outlines = zip(*found, strict=True) if found else [[]] * 10
         columns = np.array(columns, np.float64)
@@ -438,6 +454,8 @@ class CocoScenes(Dataset):
         if none:
             warning = "; warning: " if 4 * none >= len(found) + none else "; "
             self.note += f"{warning}{none} left out, which have neither an outline nor an area"
+        if outside:
+            self.note += f"; warning: {outside} left out, which lie outside of their images"
 
     def _box(self, row):
         """An annotation's box as x0, y0, x1, y1."""

@@ -71,13 +71,13 @@ def draw_runs(folders):
     charts = {}  # {value: {run: [(epoch, value), ...]}}
     for folder in folders:
         name = str(folder.resolve().relative_to(parent))
-        for row in data.read_log(folder / "log.jsonl"):
+        for row in read_rows(folder):
             for key in [k for k in row if k not in NO_CURVE and isinstance(row[k], (int, float))]:
                 if is_score(row[key]) and not isinstance(row[key], bool):
                     line = charts.setdefault(key, {}).setdefault(name, [])
                     line.append((row["epoch"], row[key]))
     if not charts:
-        fail(f"no results in {', '.join(f'{folder}/log.jsonl' for folder in folders)}")
+        fail(f"no results in {', '.join(map(str, folders))}: a first epoch must have ended")
     epochs = [epoch for lines in charts.values() for line in lines.values() for epoch, _ in line]
     span = ("epoch", min(epochs), max(epochs))
     names = list(dict.fromkeys(name for lines in charts.values() for name in lines))
@@ -90,14 +90,23 @@ def draw_runs(folders):
     return parent / "compare.png"
 
 
+def read_rows(folder):
+    """Rows of a run's log; status 2 if it has none, or some of another kind."""
+    rows = data.read_log(folder / "log.jsonl")
+    if not rows or not all("epoch" in row for row in rows):
+        fail(f"no results in {folder}/log.jsonl, a row with its epoch each; name other runs")
+    return rows
+
+
 def write_events(folder):
     """A run's log as TensorBoard's events, in RUN/tensorboard -> that folder."""
+    rows = read_rows(folder)
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         fail("--tensorboard needs the package tensorboard: pip install tensorboard")
-    with SummaryWriter(folder / "tensorboard") as writer:
-        for row in data.read_log(folder / "log.jsonl"):
+    with train.writing(folder), SummaryWriter(folder / "tensorboard") as writer:
+        for row in rows:
             for name, value in row.items():
                 if isinstance(value, (int, float)):
                     writer.add_scalar(name, value, row["epoch"])

@@ -233,6 +233,10 @@ class ShapeScenes(Dataset):
         return self.shapes[i][0], self.target(self.shapes, i)
 
 
+# What Pillow raises for a single file that is torn, or too large.
+TORN = OSError, SyntaxError, IndexError, Image.DecompressionBombError
+
+
 def open_scenes(open_source, path, image_size, parts=("train", "val")):
     """Sources of `--data path`, one for each of `parts`; ValueError: what is wrong, what to do.
 
@@ -245,7 +249,7 @@ def open_scenes(open_source, path, image_size, parts=("train", "val")):
     sources = [open_source(path, part, image_size) for part in parts]
     data.check_classes(sources[0].classes, sources[-1].classes, ("train", "val"))
     for source in sources:  # what is wrong everywhere is told now; a torn file, by the loader
-        with suppress(OSError, SyntaxError, IndexError):
+        with suppress(*TORN):
             source[0]
     return sources
 

@@ -236,7 +236,7 @@ def build_run(args, weights, device):
 
 
 def detect(run, batch):
-    """A batch's detections -> [(found, objects)] of its readable images, in their own pixels.
+    """A batch's detections: yields (found, objects) of its readable images, in their own pixels.
 
     batch: of a `DetectionSet` that does not augment. found: as `Detector` gives it, but with
     masks (D, H, W) bool, on the CPU.
@@ -244,7 +244,7 @@ def detect(run, batch):
     images, targets, *_ = batch
     with run.autocast():
         outputs = train.unwrap(run.network)(data.to_float(images.to(run.device)))
-    pairs = []
+    # One image at a time: a hundred masks of a photograph may take a gigabyte.
     for output, objects in zip(outputs, targets, strict=True):
         if objects is None:
             continue
@@ -253,8 +253,7 @@ def detect(run, batch):
         masks = paste_masks(output["masks"], boxes, place.height, place.width)
         inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # not in the padding
         found = output | {"boxes": boxes, "masks": masks}
-        pairs.append(({k: v[inside].cpu() for k, v in found.items()}, objects))
-    return pairs
+        yield {k: v[inside].cpu() for k, v in found.items()}, objects
 
 
 @torch.no_grad()
@@ -287,8 +286,8 @@ def evaluate_detector(run, loader, known, args):
         coco.write_results(args.out, results)
         if not any(entry["score"] >= SURE for entry in results):
             train.say(
-                f"no detection has a score of {SURE} or more: more epochs or another --lr than "
-                f"{args.lr:.2g} might help"
+                f"no detection has a score of {SURE} or more: more epochs or another --lr might "
+                "help"
             )
         draw_detections(run, loader.dataset, args)
     network.train()
@@ -383,7 +382,11 @@ def open_source(path, part, image_size):
     if path in data.DRAWN:
         shapes = data.DRAWN[path](part, image_size)
         return dense.ShapeScenes(shapes, shape_objects, data.SHAPE_CLASSES)
-    return coco.CocoScenes(path, part)
+    scenes = coco.CocoScenes(path, part)
+    if scenes.crowd.all():  # groups of objects, or none at all
+        what = {"train": "to learn from", "val": "to measure by"}[part]
+        raise ValueError(f"{scenes.note}: there is none {what}; add some")
+    return scenes
 
 
 def random_batch(args):

@@ -404,6 +404,13 @@ def open_autoencoders(args, device):
     return runs, argparse.Namespace(**vars(args) | settled)
 
 
+def shares_training_images(folder, seen):
+    """Does a folder hold some of `seen`, the --data of a training, beside what it held out?"""
+    if (seen / "train").is_dir():  # then all else was not trained on
+        seen = seen / "train"
+    return seen.is_dir() and (seen in (folder, *folder.parents) or folder in seen.parents)
+
+
 def build_data(runs, args):
     """The images to measure, with the masks of args.seed; status 2 if checkpoints held out others.
 
@@ -419,6 +426,12 @@ def build_data(runs, args):
         elif len(paths) > 1:
             fail("--data takes one folder, or files that exist: " + ", ".join(args.data))
         elif paths[0].is_dir() and not (trained_on or (paths[0] / "train").is_dir()):
+            for seen in {seen for run in runs.values() for seen, _ in run.seen}:
+                if shares_training_images(Path(here), Path(seen)):
+                    fail(
+                        f"{folder} holds images that were trained on: give --data {seen}, of which "
+                        "the held-out ones are measured, or single photographs"
+                    )
             source = data.scan_folder(folder)
         else:
             own = argparse.Namespace(**vars(args) | {"data": folder})

@@ -229,6 +229,8 @@ def evaluate_segmenter(run, loader, known, args):
             images += 1
     finetune.note_unread(found, known, loader.dataset)
     matrices, counts = zip(*train.of_all_processes((matrix, images)), strict=True)
+    if not sum(matrices).any():
+        train.fail(f"no pixel of the validation maps is known; is it --unknown {args.unknown}?")
     row = segmentation_scores(sum(matrices))
     if train.is_main():
         draw_segmentation(run, loader.dataset, args)
@@ -353,9 +355,13 @@ def read_map(path, unknown):
     """A file of labels -> classes (H, W) uint8, counted from 0; IGNORED where nothing is known.
 
     unknown: the label that says so, 0 (then label 1 is class 0) or 255 (label 0 is class 0).
-    ValueError if it is no picture of labels.
+    ValueError if it is no picture of labels, OSError with its name if it is torn.
     """
     image = Image.open(path, formats=data.IMAGE_FORMATS)
+    try:
+        image.load()
+    except dense.TORN as error:
+        raise OSError(f"its map {path}: {error}") from error
     if image.mode not in ("1", "L", "P"):  # a palette's numbers are labels, too
         raise ValueError(f"{path} has mode {image.mode}, not 8 bits of grey; replace it")
     labels = np.array(image).astype(np.uint8)
@@ -373,22 +379,30 @@ def write_map(path, classes, unknown):
 def read_maps(paths, unknown):
     """(path, its classes) of each file that can be read; a torn one is told when its turn comes."""
     for path in paths:
-        with suppress(OSError, SyntaxError, IndexError):
+        with suppress(*dense.TORN):
             yield path, read_map(path, unknown)
 
 
 def class_names(folder, maps, unknown):
     """Names of the classes -> (names, where they are from).
 
-    From the folder's objectInfo.txt or objectInfo150.txt: number, tab, maybe statistics, tab,
-    names; maybe a title above. Else numbers, as many as the highest label in maps, a folder.
+    From the folder's objectInfo.txt or objectInfo150.txt: label, tab, maybe statistics, tab, names;
+    maybe a title above. Else numbers, as many as the highest label in maps, a folder. ValueError
+    for labels with gaps.
     """
+    first, highest = 1 if unknown == 0 else 0, -1
     for path in (folder / "objectInfo150.txt", folder / "objectInfo.txt"):
         if path.is_file():
             lines = path.read_text(errors="replace").splitlines()
             rows = [line.strip().split("\t") for line in lines]
-            return [row[-1].strip() for row in rows if row[0].strip().isdigit()], path
-    first, highest = 1 if unknown == 0 else 0, -1
+            rows = [(int(row[0]), row[-1].strip()) for row in rows if row[0].strip().isdigit()]
+            rows = sorted(row for row in rows if row[0] != unknown)
+            if not rows or [label for label, _ in rows] != list(range(first, first + len(rows))):
+                raise ValueError(
+                    f"{path} must give each label from {first} on one line, and a tab after it "
+                    f"(label {unknown} is unknown; see --unknown)"
+                )
+            return [name for _, name in rows], path
     for path, classes in read_maps(sorted(maps.glob("*.png")), unknown):
         known = classes[classes != IGNORED]
         highest = max(highest, int(known.max())) if known.size else highest

@@ -60,6 +60,14 @@ SIBLINGS = {
     "byol_mae": CONTRAST,
 }
 PAINTS = [name for name, row in SIBLINGS.items() if row["paints"]]
+USED_BY = {  # flags: rows that look at them
+    "pixel_weight": PAINTS,
+    "teacher": ["feature_mae"],
+    "second": ["r_mae"],
+    "grain": ["c_mae", "byol_mae"],
+    "symmetric": ["c_mae", "byol_mae"],
+    "temperature": ["c_mae"],
+}
 SECOND_VIEWS, GRAINS = ("complement", "independent", "whole"), ("token", "mean", "cls")
 CURVES = {  # as data.CURVES
     "pixel term": {"pixel": ""},
@@ -726,7 +734,9 @@ def build_parser():
 
 def parse_args(argv=None):
     """Command line -> namespace with every default filled in. Ends with status 2 on a conflict."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    train.name_unused(args, [f for f, rows in USED_BY.items() if args.loss not in rows], parser)
     train.settle(args)
     if args.norm_pix_loss and args.loss not in PAINTS:
         fail(

@@ -310,6 +310,19 @@ def test_an_evaluation_takes_the_images_that_training_held_out():
         found = json.loads((root / "1" / "reconstruct" / "eval.json").read_text())
         [log] = log_of(root / "1")
         assert found["images"] == 8 and found["seed"] == 1
+        for folder in (root / "photos" / "a", root):  # within the folder, and around it
+            names = [f"{folder} holds images that were trained on", f"--data {root}/photos"]
+            look = [*given[:-1], "--data", folder, "--checkpoint", one]
+            refused(*look, names=names, script=reconstruct)
+        for seen, folder, shared in (
+            (root / "photos", root / "photos" / "b", True),
+            (root / "photos", root / "photographs", False),
+            (root / "none", root / "none" / "a", False),
+            (root / "parts", root / "parts" / "val", False),
+            (root / "parts", root / "parts" / "train" / "a", True),
+        ):
+            (root / "parts" / "train").mkdir(parents=True, exist_ok=True)
+            assert reconstruct.shares_training_images(folder, seen) == shared
         close(found["results"]["mse"]["psnr_full"], log["psnr_full"], 1e-3)
         refused(*given, one, two, names=["different images", "val"], script=reconstruct)
         # What a run started from has seen, counts.
@@ -530,6 +543,12 @@ def test_curves_of_several_runs_share_one_picture():
         assert not compare.main([str(root / "mse"), str(root / "sub" / "gan")])
         (root / "none").mkdir()
         refused(root / "none", root / "none", names=["no results in"], script=compare)
+        for more in (root / "mse", "--tensorboard"):
+            names = [f"no results in {root / 'typo'}/log.jsonl"]
+            refused(root / "typo", more, names=names, script=compare)
+        assert not (root / "typo").exists()
+        (root / "none" / "log.jsonl").write_text('{"psnr": 15.0}\n')
+        refused(root / "mse", root / "none", names=["a row with its epoch"], script=compare)
         with mock.patch.dict(sys.modules, {"torch.utils.tensorboard": None}):
             names = ["needs the package tensorboard"]
             refused(root / "mse", "--tensorboard", names=names, script=compare)
@@ -593,6 +612,11 @@ def test_a_benchmark_of_all_rows_prints_each_relative_to_mse():
     close(float(rows[1][1]), float(rows[1][2]) / float(rows[0][2]), 0.1 * float(rows[1][1]))
     with mock.patch.dict("os.environ", RANK="0"):
         refused(*TINY, "--loss", "all", names=["--loss all", "torchrun"], script=benchmark)
+    for flags, names in (  # before the first row is timed
+        (["--ada-p", "0"], ["feature_mae has no --ada-p", "--loss ROW"]),
+        (["--grain", "cls"], ["mse has no --grain"]),
+    ):
+        refused("--loss", "all", *flags, names=names, script=benchmark)
     status, errors = command("--loss", "mae", script=benchmark)
     assert status == 2 and "'msg_gan_p'" in errors and "'boot_mae'" in errors
 
@@ -888,6 +912,7 @@ def test_coco_scenes_refuse_what_does_not_fit_in_one_line():
     keyless = coco_content()
     del keyless["annotations"][1]["category_id"]
     mask, short = {"size": [8, 11], "counts": [88]}, {"size": [8, 12], "counts": [0, 8, 1]}
+    part = {"size": [8, 12], "counts": [0, 8.4, 88]}
     for content, words in (
         (torn, "torn or not COCO's"),
         ("[]", "torn or not COCO's"),
@@ -913,6 +938,9 @@ def test_coco_scenes_refuse_what_does_not_fit_in_one_line():
         (changed("annotations", image_id=5), "annotation 1 is of image 5, which is not listed"),
         (changed("annotations", category_id=8), "annotation 1 is of category 8"),
         (changed("annotations", bbox=[1, 2]), "annotation 1 has a box of 2 numbers"),
+        (changed("annotations", iscrowd="0"), "annotation 1 has iscrowd '0', not 0 or 1"),
+        (changed("annotations", segmentation=[[1, 2, 10**400, 4]]), "annotation 1 has a segm"),
+        (changed("annotations", segmentation=part), "annotation 1 has run lengths that are not"),
         (changed("annotations", segmentation=mask), "mask of [8, 11], its image [8, 12]"),
         (changed("images", file_name="none.jpg"), "not there, such as"),
     ):
@@ -974,6 +1002,25 @@ def test_coco_files_of_other_tools_are_read():
         content["annotations"] = boxes[-1:]
         write_coco(root, content)
         nothing = coco.CocoScenes(root, "train").note
+        # Boxes beyond their image, of 12 x 8 px, are left out; one that touches it is not.
+        where = [[12, 1, 4, 4], [-4, 1, 4, 4], [1, 8, 2, 2], [1, -3, 2, 3], [11, 7, 9, 9]]
+        content["annotations"] = [boxes[1] | {"id": n, "bbox": b} for n, b in enumerate(where)]
+        write_coco(root, content)
+        beyond = coco.CocoScenes(root, "train")
+        assert beyond.boxes.tolist() == [[11, 7, 20, 16]]
+        assert beyond.note.endswith("warning: 4 left out, which lie outside of their images")
+        # Outlines count where a box was not filled in.
+        content["annotations"] = [square | {"bbox": [0, 0, 0, 0]}]
+        write_coco(root, content)
+        assert coco.CocoScenes(root, "train").note.endswith(": 1 objects of 2 classes in 2 images")
+        # Parts of the image instead of pixels.
+        content["annotations"] = [boxes[1] | {"bbox": [0.2, 0.5, 0.8, 0.5]}]
+        write_coco(root, content)
+        assert "no corner beyond pixel 1" in refusal(coco.CocoScenes, root, "train")
+        content["annotations"] = [crowd]  # nothing that training takes, or AP counts
+        write_coco(root, content)
+        assert "there is none to learn from" in refusal(detect.open_source, str(root), "train", 8)
+        assert "there is none to measure by" in refusal(detect.open_source, str(root), "val", 8)
     assert scenes.note.endswith(
         ": 5 objects of 2 classes in 2 images, 3 of them boxes without an outline; 1 left out, "
         "which have neither an outline nor an area"
@@ -1162,8 +1209,31 @@ def test_ade_scenes_read_their_files_and_refuse_what_does_not_fit():
         ):
             write_ade(root, **changes)
             assert words in scenes_refused(segment, root)
+        names = root / "objectInfo.txt"
+        write_ade(root)
+        for text, unknown, classes in (  # labels in any order; the unknown one is no class
+            ("3\ttree\n1\twall\n2\tsky\n", 0, ["wall", "sky", "tree"]),
+            ("0\tunlabelled\n1\twall\n2\tsky\n3\ttree", 0, ["wall", "sky", "tree"]),
+            ("0\ta\n1\tb\n2\tc\n3\td\n255\tvoid", 255, ["a", "b", "c", "d"]),
+        ):
+            names.write_text(text)
+            assert segment.MapScenes(root, "training", unknown).classes == classes
+        for text, unknown in (
+            ("1\twall\n3\ttree", 0),  # a gap
+            ("1\twall\n1\tsky\n2\ttree", 0),
+            ("1\twall\n2\tsky", 255),
+            ("1 wall\n2 sky", 0),  # no tabs
+        ):
+            names.write_text(text)
+            message = refusal(segment.MapScenes, root, "training", unknown)
+            assert f"objectInfo.txt must give each label from {int(unknown == 0)} on" in message
         (root / "annotations" / "training" / "1.png").unlink()
         assert "1 maps are missing, such as" in refusal(segment.MapScenes, root, "training")
+
+
+def partial_of(unknown):
+    """`segment.open_source` with another label for unknown pixels."""
+    return lambda path, part, size: segment.open_source(path, part, size, unknown)
 
 
 def test_maps_whose_zero_is_a_class_are_read_as_such():
@@ -1207,6 +1277,10 @@ def test_maps_whose_zero_is_a_class_are_read_as_such():
         Image.fromarray(pixels).save(root / "annotations" / "validation" / "0.png")
         message = refusal(lambda: segment.MapScenes(root, "validation", 255)[0])
         assert "0.png has label 3, beyond the 3 classes" in message
+        with mock.patch.object(Image, "MAX_IMAGE_PIXELS", 40):  # of 96: Pillow refuses twice that
+            refusal(segment.MapScenes, root, "training", 255)  # no map can be read: no classes
+            (root / "objectInfo.txt").write_text("0\ta\n1\tb\n2\tc\n")
+            assert len(dense.open_scenes(partial_of(255), str(root), 8)) == 2
 
 
 def test_each_task_recognises_the_other_tasks_layout():
@@ -2098,13 +2172,23 @@ def test_unreadable_scenes_are_named_replaced_in_training_and_not_measured():
     with scratch() as root:
         write_ade(root)
         (root / "images" / "training" / "1.jpg").write_bytes(b"torn")
-        (root / "annotations" / "validation" / "2.png").write_bytes(b"torn")
+        map_file = root / "annotations" / "validation" / "2.png"
+        pixels = np.random.default_rng(0).integers(0, 4, (8, 12), dtype=np.uint8)
+        Image.fromarray(pixels).save(map_file)
+        map_file.write_bytes(map_file.read_bytes()[:70])
         flags = [*UNTRAINED, "--batch-size", 3, "--epochs", 1, "--data", root]
         status, errors = command(*flags, "--out", root / "out", script=segment)
         assert (
             status == 0 and errors.count("replaced by another") == errors.count("left out: ") == 1
         )
         assert "training/1.jpg" in errors and "validation/2.jpg" in errors, errors
+        assert f"(OSError: its map {map_file}: " in errors, errors
+        # With nothing known in any map there is no score, and no success.
+        for path in (root / "annotations" / "validation").iterdir():
+            Image.new("L", (12, 8), 0).save(path)
+        names = ["no pixel of the validation maps is known", "--unknown 0"]
+        status, errors = command(*flags, "--out", root / "none", script=segment)
+        assert status == 2 and all(name in errors for name in names), errors
         [row] = log_of(root / "out")
         assert row["val_images"] == 2 and row["bad_images"] == 2
 
@@ -2525,6 +2609,21 @@ def test_every_sibling_lowers_its_terms():
             history.append(terms["loss"].item())
             finetune.update(run, apply=True)
         assert np.mean(history[-3:]) < 0.75 * np.mean(history[:3]), (loss, history)
+
+
+def test_flags_of_other_siblings_are_named():
+    flags = ["--pixel-weight", "3", "--second", "whole", "--grain", "cls", "--temperature", "1"]
+    for loss, said in (
+        ("feature_mae", ["pixel-weight", "second", "grain", "temperature"]),
+        ("boot_mae", ["second", "grain", "temperature"]),
+        ("r_mae", ["grain", "temperature"]),
+        ("c_mae", ["pixel-weight", "second"]),
+        ("byol_mae", ["pixel-weight", "second", "temperature"]),
+    ):
+        with mock.patch.object(train, "say") as say:
+            siblings.parse_args(["--loss", loss, *flags])
+        lines = [f"--{flag} has no effect on --loss {loss}" for flag in said]
+        assert [call.args[0] for call in say.call_args_list] == lines
 
 
 def test_siblings_run_from_their_name_and_their_encoders_are_measured():
