@@ -1327,6 +1327,7 @@ def test_networks_and_losses_compute_in_other_precisions_than_float32():
     flat = 0.5 + 0.01 * torch.rand(1, 1, 16, 16)
     window = torch.full((3, 3), 1 / 9)
     exact = losses.ssim_map(flat, flat + 1e-3, window)
+    assert exact.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(losses.ssim_map(flat, flat + 1e-3, window), exact)
     # ImageNet's constants are float32's, whatever the images are.
