@@ -2010,6 +2010,9 @@ def test_bad_input_ends_in_one_line_with_status_2():
         refused(*fast, "--ada-p", 1.5, names=["--ada-p 1.5"])
         refused(*fast, "--ada-target", 1.5, names=["--ada-target 1.5"])
         refused(*fast, "--alpha", 1.5, names=["--alpha 1.5"])
+        for value in ("nan", "-1.5"):
+            status, errors = command(*fast, "--ada-target", value)
+            assert status == 2 and f"{value} is not a number of -1 or more" in errors, errors
         for flag in ("--init", "--data", "--out", "--resume"):  # a shell's variable is not set
             status, errors = command(*fast, flag, "")
             assert status == 2 and f"argument {flag}: it is empty" in errors, errors

@@ -1613,7 +1613,12 @@ def build_parser():
     add_flags(
         parser,
         "regularisation (StyleGANv2-ADA row; R1 works with any D)",
-        ("--ada-target", NUMBER, 0.6, "of E sign(D(real) - 1/2); 0.6 = 80 %% of real ones right"),
+        (
+            "--ada-target",
+            at_least(-1, float),
+            0.6,
+            "of E sign(D(real) - 1/2); 0.6 = 80 %% of real ones right",
+        ),
         ("--ada-images", COUNT, 500_000, "real images in which p can go from 0 to 1"),
         ("--ada-p", NUMBER, None, "fixed augmentation probability p"),
         ("--path-weight", NUMBER, 0.002, "of path lengths"),
