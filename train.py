@@ -1617,7 +1617,7 @@ def build_parser():
             "--ada-target",
             at_least(-1, float),
             0.6,
-            "of E sign(D(real) - 1/2); 0.6 = 80 %% of real ones right",
+            "of E sign(D(real) - 1/2); 0.6: 80 %% are right",
         ),
         ("--ada-images", COUNT, 500_000, "real images in which p can go from 0 to 1"),
         ("--ada-p", NUMBER, None, "fixed augmentation probability p"),
