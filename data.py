@@ -546,8 +546,8 @@ def hold_out(source, folder, seed):
     """Split a `Folder` without `val`: about 1 % of the images, at least 8, is held out.
 
     A hash of the seed and an image's path in `folder` decides, so that files that come or go leave
-    the choice among the others as it is. But where 8 are more than 1 %, surely below 1,500 images,
-    the smallest hashes win: a held-out image that goes brings in one that was trained on.
+    the choice among the others as it is. But where fewer than 8 hashes are below .01, which may be
+    up to 2,000 images, the 8 smallest win: a held-out image that goes brings in a trained-on one.
     """
 
     def draw(i):

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 #   weight     of eq. 5 in eq. 6, unless --adversarial-weight is given.
 #              DIFFERS: the paper's is 1 in every row; ours is 0.1 with D "msg". There, 1 costs 10
 #              points in the linear probe with D's rate at 1e-4, 1.3 at 4e-5, and at 1e-5 none, but
-#              then D learns nothing. The authors' code: 0.7, beside twice the L1 where eq. 3 is on.
+#              then D learns nothing. The authors' code: 0.7, beside twice the L1 where phi is D.
 #   ada        adaptive augmentation of all that D sees (sec. 3.2)
 #   path       path-length regularisation of G (sec. 3.2)
 #   arch       the autoencoder that the paper pairs with the loss
@@ -128,7 +128,7 @@ def normalised_l1(reconstruction, images):
 
     PAPER SILENT: its unit, and whether its norm is a sum. Ours is the mean over pixels, so that
     weights do not depend on the image size. The images are ImageNet-normalised first, as the MAE
-    predicts them. The authors add this term twice where eq. 3 is on.
+    predicts them. The authors add this term twice where phi is D.
     """
     difference = reconstruction.float() - images.float()  # the mean colour cancels
     return (difference / per_channel(IMAGENET_STD, difference)).abs().mean()

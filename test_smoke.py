@@ -1941,6 +1941,12 @@ def test_folder_layouts_are_read_as_what_they_are():
         flat = data.open_sources(str(root / "flat"), image_size=32, seed=0)
         assert [len(p) for p in flat] == [12, 8]
 
+    # Of few, the 8 smallest hashes: for one that goes comes one that was trained on.
+    few = data.Folder([f"photos/{i}.png" for i in range(100)], [0] * 100, ["photos"])
+    rest, held_out = data.hold_out(few, "photos", 0)
+    few.files.remove(held_out.files[3])
+    now = data.hold_out(data.Folder(few.files, [0] * 99, ["photos"]), "photos", 0)[1].files
+    assert len(now) == 8 and len(set(now) & set(rest.files)) == 1
     # Of many, about 1 %: of 4,000 the binomial's 40, within three of its deviations of 6.3.
     many = data.Folder([f"photos/{i}.png" for i in range(4000)], [0] * 4000, ["photos"])
     rest, held_out = data.hold_out(many, "photos", 0)

@@ -633,7 +633,7 @@ D_ADAM = {
 }
 # Flags that only rows with this part (see `LOSSES`) look at.
 USED_WITH = {
-    "adversary": ("adversarial_weight", "d_lr", "d_betas", "r1_gamma"),
+    "adversary": ("adversarial_weight", "d_lr", "d_betas", "r1_gamma", "r1_every"),
     "phi": ("delta_f", "delta_s", "feature_every"),
     "ada": ("ada_p", "ada_target", "ada_images"),
     "path": ("path_weight", "path_every"),
@@ -982,12 +982,13 @@ def open_run(run, train_set, args):
     steps = sum_over_processes({"all": progress["step"]}, run.device)["all"]
     if steps != world_size() * progress["step"]:
         fail(f"the nodes disagree on {out}/checkpoint.pt: put --out on a disk that they share")
+    # Is it OUT's own run that goes on? Else what lies there is another's, and best.pt begins anew.
     own = Path(args.resume).resolve() == (out / "checkpoint.pt").resolve()
-    own = own or (args.resume == "auto" and progress["step"] > 0)  # does it continue OUT's run?
-    begun = not finished(progress, args)
-    if begun and not own:
-        progress["best"] = -1.0  # its best.pt is not here
-    if is_main() and begun:
+    own = own or (args.resume == "auto" and progress["step"] > 0)
+    trains = not finished(progress, args)
+    if trains and not own:
+        progress["best"] = -1.0
+    if is_main() and trains:
         open_output(out)
         if not own:
             keep_old_run(out)
@@ -1256,7 +1257,7 @@ def trim_logs(out, progress):
 
 
 def keep_old_run(out):
-    """Rename the checkpoints and logs in OUT, of a run that this one does not continue.
+    """Rename the checkpoints and logs of another run in OUT.
 
     Nothing is overwritten: the next ones become old2, then old3.
     """
@@ -1613,12 +1614,7 @@ def build_parser():
     add_flags(
         parser,
         "regularisation (StyleGANv2-ADA row; R1 works with any D)",
-        (
-            "--ada-target",
-            at_least(-1, float),
-            0.6,
-            "of E sign(D(real) - 1/2); 0.6: 80 %% are right",
-        ),
+        ("--ada-target", at_least(-1, float), 0.6, "of E sign(D(real) - 1/2); 0.6: 80 %% right"),
         ("--ada-images", COUNT, 500_000, "real images in which p can go from 0 to 1"),
         ("--ada-p", NUMBER, None, "fixed augmentation probability p"),
         ("--path-weight", NUMBER, 0.002, "of path lengths"),

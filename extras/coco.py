@@ -3,8 +3,8 @@
 No script: extras/detect.py measures with it. In order: average precision; results, as COCO's tools
 take them; masks; the reader of a data set. The same values as pycocotools', digit for digit.
 
-To copy: average precision and masks need numpy and torch; `write_results` takes a line of train.py,
-and the reader data.py and dense.py.
+To copy: average precision and masks need numpy and torch alone. Cut `write_results`, which takes a
+line of train.py, and the reader, which needs data.py and dense.py, with their imports.
 """
 
 import json

@@ -198,8 +198,8 @@ class InceptionFeatures(nn.Module):
 def measure(runs, val_set, inception, args, device):
     """One pass over the images -> (totals, sums for IS and FID, unreadable images left out).
 
-    PAPER: sec. 5.1, IS and FID are "over the IN1K validation set". PAPER SILENT: FID's reference,
-    splits, Inception. Ours: the validation set itself; 10; the network of --inception-weights.
+    PAPER: sec. 5.1, "over the IN1K validation set". PAPER SILENT: FID's reference, IS's splits,
+    Inception. Ours: the validation set itself, 10 splits, the network of --inception-weights.
     totals: {"images": number, (run's name, metric): sum}. sums: {(run's name, kind):
     `inception_sums`}, ("real", "") for the originals; {} without Inception. Both over all
     processes.

@@ -230,7 +230,7 @@ def evaluate_segmenter(run, loader, known, args):
     finetune.note_unread(found, known, loader.dataset)
     matrices, counts = zip(*train.of_all_processes((matrix, images)), strict=True)
     if not sum(matrices).any():
-        train.fail(f"no pixel of the validation maps is known; is it --unknown {args.unknown}?")
+        train.fail(f"no pixel of the validation maps is known: is --unknown {args.unknown} right?")
     row = segmentation_scores(sum(matrices))
     if train.is_main():
         draw_segmentation(run, loader.dataset, args)
