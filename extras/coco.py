@@ -37,10 +37,12 @@ def overlaps(found, truth, crowd):
     divided by the detection's own area, not by the union.
     """
     if found.ndim == 3:
-        pixels = found[0].size  # float32: fast, and exact up to 16.7 million of them
-        found, truth = (x.reshape(-1, pixels).astype(np.float32) for x in (found, truth))
-        shared, area, other = found @ truth.T, found.sum(axis=1), truth.sum(axis=1)
-        shared, area, other = (x.astype(np.float64) for x in (shared, area, other))
+        pixels, shared = found[0].size, np.zeros((len(found), len(truth)))
+        found, truth = (x.reshape(-1, pixels) for x in (found, truth))
+        for start in range(0, pixels, 2**16):  # a part at a time: fast in float32, which is large
+            part = slice(start, start + 2**16)
+            shared += found[:, part].astype(np.float32) @ truth[:, part].astype(np.float32).T
+        area, other = (x.sum(axis=1).astype(np.float64) for x in (found, truth))
     else:
         low = np.maximum(found[:, None, :2], truth[None, :, :2])
         high = np.minimum(found[:, None, 2:], truth[None, :, 2:])

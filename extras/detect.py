@@ -10,10 +10,11 @@ shapes. In order: what a step minimises; the network; measuring; samples; pictur
 line. COCO's files and average precision are in coco.py, what segmentation has, too, in dense.py.
 
 Writes to OUT as finetune.py does: best.pt is that of the highest box AP; log.jsonl has, in per
-cent, ap... of boxes and mask_ap... of masks, as COCO defines them (-1: no such objects). Each
-measurement, --eval's too, writes results_bbox.json and results_segm.json, in COCO's result format,
-and pictures/detections.png. --predict writes the same of photographs, with their files for image
-ids and classes counted from 1, and predictions/, a picture each.
+cent, ap... of boxes and, if any object has an outline, mask_ap... of masks, as COCO defines them
+(-1: no such objects). Each measurement, --eval's too, writes results_bbox.json and
+results_segm.json, in COCO's result format, and pictures/detections.png. --predict writes the same
+of photographs, with their files for image ids and classes counted from 1, and predictions/, a
+picture each.
 """
 
 from types import SimpleNamespace
@@ -260,7 +261,8 @@ def detect(run, batch):
 def evaluate_detector(run, loader, known, args):
     """COCO's average precision of boxes and masks over the whole validation set, in per cent.
 
-    -> row of `coco.average_precision`, the masks' under mask_..., -1 = no object of that size.
+    -> row of `coco.average_precision`, the masks' under mask_... if any object has an outline; -1 =
+    no object of that size.
     Draws the picture, and writes OUT/results_bbox.json and results_segm.json: the latest
     measurement's. loader, known: see `finetune.evaluate_classifier`.
     """
@@ -279,7 +281,8 @@ def evaluate_detector(run, loader, known, args):
         _, boxes, masks, results = zip(*rows, strict=True)
         row = coco.average_precision(boxes)
         of_masks = coco.average_precision(masks)
-        row |= {f"mask_{name}": value for name, value in of_masks.items()}
+        if of_masks["ap"] >= 0:  # else no object has an outline: there are boxes alone
+            row |= {f"mask_{name}": value for name, value in of_masks.items()}
         row = {name: 100 * value if value >= 0 else value for name, value in row.items()}
         row["val_images"] = len(rows)
         results = [entry for image in results for entry in image]
