@@ -1628,19 +1628,25 @@ def test_learning_rate_follows_the_schedule():
 
 
 def test_a_flag_that_a_row_does_not_look_at_is_named_and_one_at_its_default_is_not():
-    for loss, said in (
-        ("mse", "adversarial-weight delta-s ada-target path-weight"),
-        ("ms_ssim", "adversarial-weight delta-s ada-target path-weight"),
-        ("dvae_p", "adversarial-weight ada-target path-weight"),
-        ("msg_gan", "delta-s ada-target path-weight"),
-        ("msg_gan_p", "ada-target path-weight"),
-        ("stylegan2_ada_p", ""),
+    other = (
+        "alpha adversarial-weight delta-s feature-every dvae-weights vgg-weights ada-p path-weight"
+    )
+    values = dict(zip(other.split(), "0.5 0.5 1 1 phi.pkl phi.pth 0.5 1".split(), strict=True))
+    for loss, looked_at in (
+        ("mse", ""),
+        ("ms_ssim", "alpha"),
+        ("ls_gan", "adversarial-weight"),
+        ("msg_gan_p", "adversarial-weight delta-s feature-every"),
+        ("stylegan2_ada_p", "adversarial-weight delta-s feature-every ada-p path-weight"),
+        ("dvae_p", "delta-s dvae-weights"),
+        ("vgg_p", "delta-s vgg-weights"),
     ):
-        flags = ["--loss", loss, "--adversarial-weight", "0.5", "--delta-s", "1"]
-        flags += ["--ada-target", "0.5", "--path-weight", "1", "--delta-f", "0.05"]
+        flags = ["--loss", loss, "--delta-f", "0.05"]
+        flags += [part for name, value in values.items() for part in (f"--{name}", value)]
+        said = [name for name in values if name not in looked_at.split()]
         with mock.patch.object(train, "say") as say:
             train.parse_args(flags)
-        lines = [f"--{flag} has no effect on --loss {loss}" for flag in said.split()]
+        lines = [f"--{flag} has no effect on --loss {loss}" for flag in said]
         assert [call.args[0] for call in say.call_args_list] == lines
 
 

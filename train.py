@@ -631,13 +631,17 @@ D_ADAM = {
     "msg": (2e-4, (0.5, 0.99)),
     "stylegan2": (1e-4, (0.0, 0.99)),
 }
-# Flags that only rows with this part (see `LOSSES`) look at.
-USED_WITH = {
-    "adversary": ("adversarial_weight", "d_lr", "d_betas", "r1_gamma", "r1_every"),
-    "phi": ("delta_f", "delta_s", "feature_every"),
-    "ada": ("ada_p", "ada_target", "ada_images"),
-    "path": ("path_weight", "path_every"),
-}
+# Flags that only some rows look at: a row's part (see `LOSSES`), its values there, the flags.
+USED_WITH = (
+    ("pixel", ("ms_ssim_l1",), ("alpha",)),
+    ("adversary", tuple(D_ADAM), ("adversarial_weight", "d_lr", "d_betas", "r1_gamma", "r1_every")),
+    ("phi", ("disc", *model.PUBLISHED), ("delta_f", "delta_s")),
+    ("phi", ("disc",), ("feature_every",)),
+    ("phi", ("dvae",), ("dvae_weights",)),
+    ("phi", ("vgg",), ("vgg_weights",)),
+    ("ada", (True,), ("ada_p", "ada_target", "ada_images")),
+    ("path", (True,), ("path_weight", "path_every")),
+)
 # A checkpoint continues only under the same values of these.
 MUST_FIT = (
     *("loss", "model", "arch", "image_size", "patch_size", "norm_pix_loss"),
@@ -1639,8 +1643,8 @@ def parse_args(argv=None):
         parser.set_defaults(**DEMO)  # flags that are given still win
     args = parser.parse_args(argv)
     recipe = LOSSES[args.loss]
-    for part, flags in USED_WITH.items():
-        if not recipe[part]:
+    for part, values, flags in USED_WITH:
+        if recipe[part] not in values:
             name_unused(args, flags, parser)
     channels, most = model.DISCRIMINATOR_WIDTHS[args.model]
     args.d_channels, args.d_max = args.d_channels or channels, args.d_max or most

@@ -102,12 +102,12 @@ def time_row(loss, flags, count, device):
     """
     recipe = losses.LOSSES[loss]
     with tempfile.TemporaryDirectory() as folder:
-        stand_in = f"{folder}/phi.pth"
-        files = [f"--{kind}-weights={stand_in}" for kind in model.PUBLISHED]
-        args = train.parse_args([*files, *flags, "--loss", loss])
-        if recipe["phi"] in model.PUBLISHED:
+        files = []
+        if recipe["phi"] in model.PUBLISHED:  # a stand-in for phi's published weights
             phi = {"dvae": model.DVAEEncoder, "vgg": model.VGGFeatures}[recipe["phi"]]
-            torch.save(phi().state_dict(), stand_in)
+            torch.save(phi().state_dict(), f"{folder}/phi.pth")
+            files = [f"--{recipe['phi']}-weights={folder}/phi.pth"]
+        args = train.parse_args([*files, *flags, "--loss", loss])
         if args.ada_p is None:
             args.ada_p = 0.5
         run = train.build_run(args, device)
