@@ -1649,6 +1649,19 @@ def test_a_flag_that_a_row_does_not_look_at_is_named_and_one_at_its_default_is_n
         lines = [f"--{flag} has no effect on --loss {loss}" for flag in said]
         assert [call.args[0] for call in say.call_args_list] == lines
 
+    random = ["--checkpoint", "none"]
+    for flags, said in (
+        (["--task", "knn", "--lr", "1", "--k", "5", "--mixup", "0"], ["mixup", "lr"]),
+        (["--task", "logistic", "--k", "5", "--crop-min", "1", "--seed", "1"], ["k", "crop-min"]),
+        (["--task", "linear", "--whiten", "--epochs", "5", "--k", "20"], ["whiten"]),
+        (["--task", "finetune", "--lr", "1", "--mixup", "0"], []),
+        (["--demo", "--k", "5"], []),
+    ):
+        with mock.patch.object(train, "say") as say:
+            task = finetune.parse_args([*random, *flags]).task
+        lines = [f"--{flag} has no effect on --task {task}" for flag in said]
+        assert [call.args[0] for call in say.call_args_list] == lines
+
 
 def test_a_discriminator_at_rate_0_stays_as_drawn_while_g_learns_from_its_features():
     with scratch() as root:

@@ -1665,11 +1665,11 @@ def parse_args(argv=None):
     return args
 
 
-def name_unused(args, flags, parser):
-    """Name those of the flags, which --loss does not look at, that were given."""
+def name_unused(args, flags, parser, chooser="loss"):
+    """Name those of the flags that were given; by --loss, or another chooser, none is looked at."""
     for flag in flags:
         if getattr(args, flag) != parser.get_default(flag):
-            say(f"--{flag.replace('_', '-')} has no effect on --loss {args.loss}")
+            say(f"--{flag.replace('_', '-')} has no effect on --{chooser} {getattr(args, chooser)}")
 
 
 def settle(args):
