@@ -23,8 +23,9 @@ from torch.nn import functional as F
 #              last two judge images at every scale
 #   weight     of eq. 5 in eq. 6, unless --adversarial-weight is given.
 #              DIFFERS: the paper's is 1 in every row; ours is 0.1 with D "msg". There, 1 costs 10
-#              points in the linear probe with D's rate at 1e-4, 1.3 at 4e-5, and at 1e-5 none, but
-#              then D learns nothing. The authors' code: 0.7, beside twice the L1 where phi is D.
+#              points in the linear probe with D's rate at 1e-4, 1.3 at 4e-5 (4.7 in a run of four
+#              times the length), and at 1e-5 none, but then D learns nothing. The authors' code:
+#              0.7, beside twice the L1 where phi is D.
 #   ada        adaptive augmentation of all that D sees (sec. 3.2)
 #   path       path-length regularisation of G (sec. 3.2)
 #   arch       the autoencoder that the paper pairs with the loss
