@@ -703,10 +703,11 @@ FINETUNE |= dict(layer_decay=0.75, drop_path=0.1)
 PLAIN |= dict(layer_decay=1.0, drop_path=0.0)
 ONCE = ("knn", "logistic")  # see each image once, without augmentation
 TASKS = dict.fromkeys(("linear", *ONCE), PLAIN) | {"finetune": FINETUNE}
-SCHEDULE = ("epochs", "warmup_epochs", "steps", "accum", "lr", "blr", "betas")
+TRAINING = ("crop_min", "epochs", "warmup_epochs", "steps", "accum", "lr", "blr", "betas")
+TRAINING += ("resume", "eval_every", "save_every", "save_steps")
 USED_BY = (  # tasks, and flags that they alone look at
     (("knn",), ("k", "temperature", "whiten")),
-    (("linear", "finetune"), (*FINETUNE, *SCHEDULE, "crop_min")),
+    (("linear", "finetune"), (*FINETUNE, *TRAINING)),
 )
 # Logistic regression: penalties on its weights, strongest first; where its descent ends, in nats
 # per unit of `descend`; after how many iterations at the latest; parts that are held out in turn.
@@ -822,10 +823,10 @@ def parse_args(argv=None):
         fail("--pool auto is for --task logistic alone; give cls or mean")
     if args.demo and args.task != DEMO["task"]:
         fail(f"--demo runs knn and logistic; leave --task {args.task} off")
-    if not (args.demo or args.eval or args.predict):
-        for tasks, flags in USED_BY:
-            if args.task not in tasks:
-                train.name_unused(args, flags, parser, "task")
+    runs = ONCE if args.demo else (args.task,)
+    for tasks, flags in USED_BY:
+        if not (args.eval or args.predict or set(runs) & set(tasks)):
+            train.name_unused(args, flags, parser, "task")
     settle(args, TASKS[args.task], dict(pool="cls"))
     if sum(v is not None for v in (args.fraction, args.shots, args.limit_images)) > 1:
         fail("--fraction, --shots and --limit-images exclude each other; give one")

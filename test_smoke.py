@@ -1653,9 +1653,11 @@ def test_a_flag_that_a_row_does_not_look_at_is_named_and_one_at_its_default_is_n
     for flags, said in (
         (["--task", "knn", "--lr", "1", "--k", "5", "--mixup", "0"], ["mixup", "lr"]),
         (["--task", "logistic", "--k", "5", "--crop-min", "1", "--seed", "1"], ["k", "crop-min"]),
+        (["--task", "knn", "--resume", "off", "--save-steps", "2"], ["resume", "save-steps"]),
         (["--task", "linear", "--whiten", "--epochs", "5", "--k", "20"], ["whiten"]),
         (["--task", "finetune", "--lr", "1", "--mixup", "0"], []),
-        (["--demo", "--k", "5"], []),
+        (["--demo", "--k", "5", "--lr", "1"], ["lr"]),
+        (["--task", "linear", "--eval", "--checkpoint", "x.pt", "--k", "5"], []),
     ):
         with mock.patch.object(train, "say") as say:
             task = finetune.parse_args([*random, *flags]).task

@@ -1666,7 +1666,7 @@ def parse_args(argv=None):
 
 
 def name_unused(args, flags, parser, chooser="loss"):
-    """Name those of the flags that were given; by --loss, or another chooser, none is looked at."""
+    """Name each of these flags that was given: the row, or the task, ignores it."""
     for flag in flags:
         if getattr(args, flag) != parser.get_default(flag):
             say(f"--{flag.replace('_', '-')} has no effect on --{chooser} {getattr(args, chooser)}")

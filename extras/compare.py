@@ -15,7 +15,9 @@ FOLDER.
 README's study took about an hour of one core a run. In data/cifar10, train/CLASS/ and val/CLASS/
 hold 2,500 and 500 of each class of CIFAR-10's photographs. Eq. 3 alone: --loss msg_gan_p
 --adversarial-weight 0 --d-lr 0. Random weights: --checkpoint none in FROM, and --layer-decay 1 to
-fine-tune. The study of 30,000 images had --epochs 5 and seeds 0 1 2.
+fine-tune. The study of 30,000 images had --epochs 5 and seeds 0 1 2. The other weight of eq. 5:
+--adversarial-weight 1 --d-lr 4e-5, for stylegan2_ada_p .1 and 2.5e-3, with seed 0; the latter on
+few images: --limit-images 2000 --epochs 10.
 
     SIZE="--model tiny --image-size 32 --patch-size 4 --data data/cifar10 --workers 0"
     for SEED in 0 1; do for ROW in mse ms_ssim ls_gan_p msg_gan msg_gan_p stylegan2_ada_p; do

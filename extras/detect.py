@@ -281,7 +281,7 @@ def evaluate_detector(run, loader, known, args):
         _, boxes, masks, results = zip(*rows, strict=True)
         row = coco.average_precision(boxes)
         of_masks = coco.average_precision(masks)
-        if of_masks["ap"] >= 0:  # else no object has an outline: there are boxes alone
+        if of_masks["ap"] >= 0:  # else there are boxes alone: no mask counts
             row |= {f"mask_{name}": value for name, value in of_masks.items()}
         row = {name: 100 * value if value >= 0 else value for name, value in row.items()}
         row["val_images"] = len(rows)
